@@ -1,0 +1,56 @@
+// Chooses the instruction set when the library is loaded, and registers that level's kernels for the CPU.
+// TRISKELE_CPU_LEVEL=base|avx2|avx512 forces a lower level; a higher one than the CPU has is refused.
+#include "cpu/level.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace triskele {
+
+enum Level { kBase, kAvx2, kAvx512 };
+constexpr const char* kLevelNames[] = {"base", "avx2", "avx512"};
+
+Level best_level() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512vnni"))
+    return kAvx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) return kAvx2;
+#endif
+  return kBase;
+}
+
+Level level() {
+  static const Level chosen = [] {
+    const Level best = best_level();
+    const char* forced = std::getenv("TRISKELE_CPU_LEVEL");
+    if (forced == nullptr || *forced == '\0') return best;
+    for (int i = 0; i <= best; ++i)
+      if (std::string(forced) == kLevelNames[i]) return static_cast<Level>(i);
+    throw std::runtime_error("TRISKELE_CPU_LEVEL: expected a level up to '" + std::string(kLevelNames[best]) +
+                             "' of base, avx2, avx512, got '" + forced + "'");
+  }();
+  return chosen;
+}
+
+std::string cpu_level() { return kLevelNames[level()]; }
+
+}  // namespace triskele
+
+STABLE_TORCH_LIBRARY_IMPL(triskele_native, CompositeExplicitAutograd, m) {
+  m.impl("cpu_level", TORCH_BOX(&triskele::cpu_level));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(triskele_native, CPU, m) {
+#define TRISKELE_REGISTER(family) register_##family(m);
+  switch (triskele::level()) {
+#if defined(__x86_64__)
+    case triskele::kAvx512: { using namespace triskele::avx512; TRISKELE_FAMILIES(TRISKELE_REGISTER) break; }
+    case triskele::kAvx2: { using namespace triskele::avx2; TRISKELE_FAMILIES(TRISKELE_REGISTER) break; }
+#endif
+    default: { using namespace triskele::base; TRISKELE_FAMILIES(TRISKELE_REGISTER) break; }
+  }
+#undef TRISKELE_REGISTER
+}

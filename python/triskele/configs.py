@@ -1,0 +1,167 @@
+"""What `patch` takes: one frozen dataclass an arm. Each works without arguments and converts to and from a dict."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Literal
+
+from triskele.checks import check_choice, check_int, expected
+
+
+@dataclass(frozen=True)
+class _Config:
+    def to_dict(self) -> dict:
+        """Plain values that JSON holds; `from_dict` takes them back."""
+        return {"kind": type(self).__name__, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict):
+        """Inverse of `to_dict`. An unknown key, or another config's `kind`, is a ValueError."""
+        values = dict(values)
+        kind = values.pop("kind", cls.__name__)
+        if kind != cls.__name__:
+            raise expected("kind", repr(cls.__name__), repr(kind))
+        known = {f.name for f in fields(cls)}
+        if unknown := set(values) - known:
+            raise expected("config keys", sorted(known), sorted(unknown))
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _share(name: str, value, *, zero: bool) -> None:
+    low_ok = value >= 0 if zero else value > 0
+    high_ok = value < 1 if zero else value <= 1
+    if not (low_ok and high_ok):
+        raise expected(name, "a share in " + ("[0, 1)" if zero else "(0, 1]"), value)
+
+
+@dataclass(frozen=True)
+class SLA(_Config):
+    """Sparse-linear attention (arXiv 2509.24006): o = o_sparse + o_linear W^T + b over routed blocks.
+
+    keep, drop     share (or, for keep, number) of key blocks a row that is critical, and share that is negligible
+    block_q/k      tokens a block
+    feature_map    "softmax", "elu", "relu"; scope "all", "complement", "marginal": what the linear branch covers
+    linear         the linear branch: "proj" (learnable W, b, starting at zero: exactly the sparse branch until trained),
+                   "alpha" (SLA2's learnable mix, starting at 1), or "none"
+    skip_layers    attention layers left dense at the beginning and end: (first, last)
+    """
+
+    keep: float | int = 0.05
+    drop: float = 0.0
+    block_q: int = 128
+    block_k: int = 64
+    feature_map: Literal["softmax", "elu", "relu"] = "softmax"
+    scope: Literal["all", "complement", "marginal"] = "all"
+    linear: Literal["proj", "alpha", "none"] = "proj"
+    skip_layers: tuple[int, int] = (0, 0)
+    backend: str = "auto"
+
+    def __post_init__(self):
+        if isinstance(self.keep, int) and not isinstance(self.keep, bool):
+            check_int("keep", self.keep, low=1)
+            share = 0.0
+        else:
+            _share("keep", self.keep, zero=False)
+            share = self.keep
+        _share("drop", self.drop, zero=True)
+        if share + self.drop > 1:
+            raise expected("keep + drop", "at most 1", share + self.drop)
+        check_int("block_q", self.block_q, low=1)
+        check_int("block_k", self.block_k, low=1)
+        check_choice("feature_map", self.feature_map, ("softmax", "elu", "relu"))
+        check_choice("scope", self.scope, ("all", "complement", "marginal"))
+        check_choice("linear", self.linear, ("proj", "alpha", "none"))
+
+
+@dataclass(frozen=True)
+class VMoBA(_Config):
+    """Mixture-of-block attention (arXiv 2506.23858): each query attends to its own and its best chunks.
+
+    chunks        layer l uses partition l mod 3: temporal (frames), spatial (ch, cw), spatio-temporal (ct, ch, cw).
+                  None: chosen from the grid, about an eighth of the tokens a chunk
+    select, pool  "topk" with "query", "head", "all", or "threshold" with these and "block"
+    top_k         one number, or one for each of the three partitions; top_k = 1 is the self chunk alone
+    threshold     of the normalised gate mass, for select="threshold"
+    dense_layers  first layers left dense; dense_steps: share of the first denoising steps left dense
+    """
+
+    chunks: tuple | None = None
+    select: Literal["topk", "threshold"] = "topk"
+    pool: Literal["query", "block", "head", "all"] = "query"
+    top_k: int | tuple[int, int, int] = 3
+    threshold: float = 0.25
+    dense_layers: int = 0
+    dense_steps: float = 0.0
+    backend: str = "auto"
+
+    def __post_init__(self):
+        check_choice("select", self.select, ("topk", "threshold"))
+        check_choice("pool", self.pool, ("query", "block", "head", "all"))
+        if self.select == "topk" and self.pool == "block":
+            raise expected("pool with select='topk'", "'query', 'head' or 'all'", "'block'")
+        for k in self.top_k if isinstance(self.top_k, tuple) else (self.top_k,):
+            check_int("top_k", k, low=1)
+        _share("threshold", self.threshold, zero=False)
+        check_int("dense_layers", self.dense_layers, low=0)
+        _share("dense_steps", self.dense_steps, zero=True)
+
+
+@dataclass(frozen=True)
+class SVDQuant(_Config):
+    """4-bit weights with a low-rank branch (arXiv 2411.05007) for the linears of the transformer blocks.
+
+    rank        of the low-rank branch; format "int4" (groups of 64) or "nvfp4" (groups of 16)
+    activation  "int8" per token, "int4" per token and group, "fp8" per token, "none" (weight only)
+    include     name endings to quantize in place of the model's own table; exclude: endings left alone
+    iterations  rounds of the low-rank/quantize alternation; smooth: search smoothing where activations are given
+    """
+
+    rank: int = 32
+    format: Literal["int4", "nvfp4"] = "int4"
+    activation: Literal["int8", "int4", "fp8", "none"] = "int8"
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = ()
+    iterations: int = 10
+    smooth: bool = True
+    backend: str = "auto"
+
+    def __post_init__(self):
+        check_int("rank", self.rank, low=0)
+        check_choice("format", self.format, ("int4", "nvfp4"))
+        check_choice("activation", self.activation, ("int8", "int4", "fp8", "none"))
+        check_int("iterations", self.iterations, low=1)
+
+
+@dataclass(frozen=True)
+class ParaTAA(_Config):
+    """Parallel sampling (arXiv 2402.09970): `window` timesteps of the denoiser in one batched call.
+
+    window      rows a round; "auto": measured on the first call (a row against a window), with one line saying when
+                sequential is faster; None: all steps
+    order       of the unrolled equations, None: the window; memory: differences of the Anderson step plus one
+    tolerance   of a row's residual, in units of the denoiser's output (criterion "step") or absolute ("rms")
+    predictor   how a row that enters the window is guessed: "velocity" (extrapolated) or "copy" (published)
+    """
+
+    window: int | Literal["auto"] | None = "auto"
+    order: int | None = None
+    memory: int = 2
+    tolerance: float = 1e-3
+    criterion: Literal["step", "rms"] = "step"
+    predictor: Literal["velocity", "copy"] = "velocity"
+    ridge: float = 1e-3
+    ridge_mode: Literal["relative", "absolute"] = "relative"
+    max_iterations: int | None = None
+    backend: str = "auto"
+
+    def __post_init__(self):
+        if self.window not in ("auto", None):
+            check_int("window", self.window, low=1)
+        if self.order is not None:
+            check_int("order", self.order, low=1)
+        check_int("memory", self.memory, low=1)
+        if not self.tolerance > 0:
+            raise expected("tolerance", "a positive number", self.tolerance)
+        check_choice("criterion", self.criterion, ("step", "rms"))
+        check_choice("predictor", self.predictor, ("velocity", "copy"))
+        check_choice("ridge_mode", self.ridge_mode, ("relative", "absolute"))
