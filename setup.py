@@ -129,6 +129,6 @@ def build_info():
 setup(
     packages=[*find_packages("python"), "triskele.triton_kernels", "triskele.assets"],
     ext_modules=[Extension("triskele._C", ["csrc/module.cpp"], include_dirs=[pybind11.get_include()],
-                           define_macros=build_info(), extra_compile_args=["-std=c++20", "-O2", "-fvisibility=hidden"])],
+                           define_macros=build_info(), extra_compile_args=["-std=c++20", "-O2"])],
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -41,7 +41,7 @@ class SLA(_Config):
     keep, drop     share (or, for keep, number) of key blocks a row that is critical, and share that is negligible
     block_q/k      tokens a block
     feature_map    "softmax", "elu", "relu"; scope "all", "complement", "marginal": what the linear branch covers
-    linear         the linear branch: "proj" (learnable W, b, starting at zero: exactly the sparse branch until trained),
+    linear         the linear branch: "proj" (learnable W, b, starting at zero: the sparse branch alone until trained),
                    "alpha" (SLA2's learnable mix, starting at 1), or "none"
     skip_layers    attention layers left dense at the beginning and end: (first, last)
     """
