@@ -22,20 +22,27 @@ Level best_level() {
   return kBase;
 }
 
-Level level() {
-  static const Level chosen = [] {
-    const Level best = best_level();
-    const char* forced = std::getenv("TRISKELE_CPU_LEVEL");
-    if (forced == nullptr || *forced == '\0') return best;
-    for (int i = 0; i <= best; ++i)
-      if (std::string(forced) == kLevelNames[i]) return static_cast<Level>(i);
-    throw std::runtime_error("TRISKELE_CPU_LEVEL: expected a level up to '" + std::string(kLevelNames[best]) +
-                             "' of base, avx2, avx512, got '" + forced + "'");
-  }();
-  return chosen;
+// The level to register; `problem` says what is wrong with TRISKELE_CPU_LEVEL. No exception here: this runs while the
+// library is loaded, where one would end the process.
+Level level(std::string* problem = nullptr) {
+  const Level best = best_level();
+  const char* forced = std::getenv("TRISKELE_CPU_LEVEL");
+  if (forced == nullptr || *forced == '\0') return best;
+  for (int i = 0; i <= best; ++i)
+    if (std::string(forced) == kLevelNames[i]) return static_cast<Level>(i);
+  if (problem != nullptr)
+    *problem = "TRISKELE_CPU_LEVEL: expected a level up to '" + std::string(kLevelNames[best]) +
+               "' of base, avx2, avx512, got '" + forced + "'";
+  return best;
 }
 
-std::string cpu_level() { return kLevelNames[level()]; }
+// Python calls this right after loading, and refuses the library where it throws.
+std::string cpu_level() {
+  std::string problem;
+  const Level chosen = level(&problem);
+  if (!problem.empty()) throw std::runtime_error(problem);
+  return kLevelNames[chosen];
+}
 
 }  // namespace triskele
 

@@ -22,6 +22,7 @@ def cpu_library() -> list[str]:
         return [f"{path.name} is missing from the installed package: {_BUILD}"]
     try:
         torch.ops.load_library(str(path))
+        torch.ops.triskele_native.cpu_level()  # throws where TRISKELE_CPU_LEVEL names no level of this CPU
     except (OSError, RuntimeError) as error:
         return [f"{path.name} does not load: {error}"]
     return []

@@ -24,7 +24,12 @@ class _Config:
         known = {f.name for f in fields(cls)}
         if unknown := set(values) - known:
             raise expected("config keys", sorted(known), sorted(unknown))
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        return cls(**{k: _tuples(v) for k, v in values.items()})
+
+
+def _tuples(value):
+    """JSON gives lists where the configs hold tuples."""
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
 
 
 def _share(name: str, value, *, zero: bool) -> None:
