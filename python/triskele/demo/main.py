@@ -59,6 +59,8 @@ def demo(args) -> int:
     lead = (f"{where.get('gpu', where['cpu'])}, {where['cores']} threads, torch {where['torch']}, kernels "
             f"{where['kernel_level']}, commit {where['commit']}, {record['when'][:10]}. The same seed in every row. "
             + ("A quick check with few steps: its figures are no measurement. " if args.quick else ""))
+    for scene in scenes:
+        _write_overview(out / f"{scene.key}.png", scene, [row for row in rows if row.scene == scene.key])
     path = report.write_page(out / "index.html", "triskele: the same pictures, faster", lead, sections)
     for scene in scenes:
         console.print(_console_table(scene.title, [row for row in rows if row.scene == scene.key]))
@@ -137,6 +139,18 @@ def _scene_section(scene, rows: list[Row]) -> report.Section:
     return section
 
 
+def _write_overview(path: Path, scene, rows: list[Row]) -> None:
+    lines = []
+    for row in rows:
+        pictures = row.pictures
+        if pictures.ndim == 5:  # one video, evenly spaced frames
+            pictures = pictures[0][np.linspace(0, pictures.shape[1] - 1, 12).round().astype(int)]
+        figures = f"{row.seconds:.1f} s, {row.weight_mb:.1f} MB" + (
+            "" if row is rows[0] else f", {row.ratio:.2f}×, {report.decibel(row.psnr)} dB")
+        lines.append((row.name, figures, pictures[:12]))
+    plots.overview(scene.title, lines, path)
+
+
 def _add_sampling(scene, section: report.Section, row: Row) -> None:
     section.pictures.append(report.Picture(
         plots.convergence({row.name: row.history}, scene.steps), "Convergence", f"{row.name}, first sample"))
@@ -158,11 +172,11 @@ def _displayable(state) -> np.ndarray:
 
 
 def _add_curves(scene, section: report.Section, seed: int, progress) -> None:
-    from triskele import digits
     from triskele.demo import curves
+    from triskele.demo.scenes import fine_tuned_sla
 
     if scene.key == "video":
-        found = curves.sparsity(scene, digits.fine_tuned_sla(), seed, progress)
+        found = curves.sparsity(scene, fine_tuned_sla(), seed, progress)
         section.pictures.append(report.Picture(
             plots.quality_curves(found, "blocks left out, %"), "Quality against sparsity",
             f"{curves.CURVE_STEPS} steps; both against the plain pipeline"))

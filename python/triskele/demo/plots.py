@@ -114,3 +114,23 @@ def quality_curves(curves: dict[str, list[tuple[float, float]]], x_label: str, y
         for (x, y), text in zip(finite, (labels or {}).get(name, [])):
             axes.annotate(text, (x, y), fontsize=7, color=MUTED, xytext=(3, 4), textcoords="offset points")
     return _finish(figure, axes, x_label, y_label)
+
+
+def overview(title: str, rows: list[tuple[str, str, np.ndarray]], path) -> None:
+    """One PNG file with a line a variant: (name, figures, pictures [N, H, W, C] in [0, 1]). The README's picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, grid = plt.subplots(len(rows), 1, figsize=(9.4, 0.62 * len(rows) + 0.4), dpi=150, squeeze=False)
+    for axes, (name, figures, pictures) in zip(grid[:, 0], rows):
+        axes.imshow(tiled(_upscaled(pictures, 64), len(pictures)), interpolation="nearest")
+        axes.set_axis_off()
+        axes.text(-0.02, 0.66, name, transform=axes.transAxes, ha="right", va="center", fontsize=8.5, color=INK,
+                  fontweight="bold")
+        axes.text(-0.02, 0.30, figures, transform=axes.transAxes, ha="right", va="center", fontsize=8, color=MUTED)
+    figure.suptitle(title, fontsize=10, color=INK, x=0.99, ha="right")
+    figure.subplots_adjust(left=0.34, right=0.99, top=1 - 0.35 / (0.62 * len(rows) + 0.4), bottom=0.01, hspace=0.12)
+    figure.savefig(path)
+    plt.close(figure)

@@ -1,0 +1,71 @@
+"""Renders the tables of README.md and docs from the records under bench/results/: no figure is typed by hand.
+
+    python bench/render.py            # rewrite the tables
+    python bench/render.py --check    # exit 1 where a table differs from what its record says
+
+A table stands between `<!-- record: PATH scene=NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+MARK = re.compile(r"<!-- record: (?P<path>\S+)(?: scene=(?P<scene>\w+))? -->\n.*?<!-- end -->", re.DOTALL)
+HEADER = "| | seconds | against plain | weights, MB | rounds | denoiser rows | PSNR, dB | SSIM | recognised |"
+
+
+def demo_table(record: dict, scene: str) -> str:
+    """The demo's rows of one scene as Markdown, with the hardware and the commit below."""
+    lines = [HEADER, "|---|" + "--:|" * 8]
+    for row in record["rows"]:
+        if row["scene"] != scene:
+            continue
+        quality = "identical" if row["psnr"] is None else f"{row['psnr']:.1f}"
+        recognised = "" if row["accuracy"] is None else f"{row['accuracy']:.0%}"
+        note = f" ({row['note']})" if row["note"] and row["note"] not in row["name"] else ""
+        lines.append(f"| {row['name']}{note} | {row['seconds']:.2f} | {row['ratio']:.2f}× | {row['weight_mb']:.2f} | "
+                     f"{row['rounds']} | {row['rows']} | {quality} | {row['ssim']:.3f} | {recognised} |")
+    machine = record["machine"]
+    lines += ["", f"<sub>{machine.get('gpu', machine['cpu'])}, {machine['cores']} threads, torch {machine['torch']}, "
+                  f"kernels {machine['kernel_level']}, commit {machine['commit']}, {record['when'][:10]}</sub>"]
+    return "\n".join(lines)
+
+
+def rendered(text: str) -> str:
+    """`text` with every marked table made anew from its record."""
+
+    def table(match: re.Match) -> str:
+        path = ROOT / match["path"]
+        record = json.loads(path.read_text())
+        if record.get("quick"):
+            raise ValueError(f"{match['path']} is a quick check, not a measurement")
+        opening = match[0].split("\n", 1)[0]
+        return f"{opening}\n{demo_table(record, match['scene'])}\n<!-- end -->"
+
+    return MARK.sub(table, text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = []
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        old = path.read_text()
+        new = rendered(old)
+        if new != old:
+            stale.append(path.name)
+            if not check:
+                path.write_text(new)
+    if stale:
+        print(("differs from its record: " if check else "rendered: ") + ", ".join(stale))
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
