@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
             from triskele.doctor import doctor
 
             return doctor()
-        from triskele.quantize.command import quantize
+        from triskele.quantize_folder import quantize
 
         return quantize(args)
     except (ValueError, FileNotFoundError, ImportError) as error:

@@ -99,7 +99,7 @@ def distill_attention(
                 losses = _losses(student, teacher, _next(batches, stage, result), stage, context)
                 loss = stage.teacher_weight * losses[0] + stage.data_weight * losses[1]
                 if not torch.isfinite(loss):
-                    raise FloatingPointError(f"distill_attention: loss {float(loss)} at step {step} of {stage}")
+                    raise FloatingPointError(f"distill_attention: loss {loss.item()} at step {step} of {stage}")
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
@@ -108,8 +108,8 @@ def distill_attention(
                 decay = min(ema or 0.0, (1 + step) / (10 + step))  # short averages while the weights still move far
                 for name, mean in averaged.items():
                     mean.lerp_(parameters[name].detach(), 1 - decay)
-                result.distillation.append(float(losses[0]))
-                result.diffusion.append(float(losses[1]))
+                result.distillation.append(losses[0].item())
+                result.diffusion.append(losses[1].item())
                 bar.update()
                 bar.set_postfix(teacher=f"{losses[0]:.2e}", data=f"{losses[1]:.2e}")
                 if on_step is not None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 import triskele as tk
+from triskele.checks import expected
 
 
 @dataclass(frozen=True)
@@ -124,9 +125,17 @@ def video_scene() -> Scene:
                  tuple(f"“{p}”" for p in VIDEO_PROMPTS), accuracy)
 
 
+def _class_numbers(prompt: str | None) -> list[int]:
+    try:
+        return [int(number) for number in (prompt or "").split(",")]
+    except ValueError:
+        raise expected("--prompt for a DiT", "class numbers, comma-separated", repr(prompt)) from None
+
+
 def user_scene(folder: str, prompt: str | None, steps: int, device: str, call_kwargs: dict) -> Scene:
     """A user's own diffusers folder: each arm that its family supports, on one prompt."""
     import diffusers
+    from diffusers import DiTPipeline
 
     from triskele.diffusers import supported_arms
 
@@ -142,7 +151,7 @@ def user_scene(folder: str, prompt: str | None, steps: int, device: str, call_kw
     def call(pipe, seed, steps):
         generator = torch.Generator().manual_seed(seed)
         pipe.set_progress_bar_config(disable=True)
-        positional = [[int(p) for p in prompt.split(",")]] if type(pipe).__name__ == "DiTPipeline" else []
+        positional = [_class_numbers(prompt)] if isinstance(pipe, DiTPipeline) else []
         kwargs = dict(call_kwargs) if positional or prompt is None else {"prompt": prompt, **call_kwargs}
         out = pipe(*positional, num_inference_steps=steps, generator=generator, output_type="np", **kwargs)
         return np.asarray(out.frames if hasattr(out, "frames") else out.images)
