@@ -55,6 +55,14 @@ def nvcc():
     return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
 
 
+def _replace(source: Path, target: Path) -> None:
+    """Copy as a new file: a process that has the old one mapped keeps it, instead of crashing in the middle of it."""
+    if target.exists() and source.samefile(target):
+        return
+    target.unlink(missing_ok=True)
+    shutil.copy2(source, target)
+
+
 class NinjaBuild(build_ext):
     """Writes one build.ninja for both libraries and runs it; `_C` is built as any pybind11 module."""
 
@@ -67,14 +75,14 @@ class NinjaBuild(build_ext):
         from ninja import BIN_DIR  # pip's ninja; its folder need not be on PATH
         subprocess.run([str(Path(BIN_DIR) / "ninja"), "-C", str(work)], check=True)
         for target in targets:
-            shutil.copy2(work / target, package / target)
+            _replace(work / target, package / target)
         self.libraries_built = [package / target for target in targets]
         super().build_extensions()
 
     def copy_extensions_to_source(self):  # in-place and editable builds
         super().copy_extensions_to_source()
         for path in self.libraries_built:
-            shutil.copy2(path, ROOT / "python" / "triskele" / path.name)
+            _replace(path, ROOT / "python" / "triskele" / path.name)
 
     def get_outputs(self):  # so that an uninstall removes them too
         return super().get_outputs() + [str(p) for p in getattr(self, "libraries_built", [])]

@@ -1,5 +1,6 @@
 """A wheel into an empty environment, the editable install, and what must not be imported by accident."""
 
+import importlib
 import subprocess
 import sys
 import sysconfig
@@ -65,11 +66,8 @@ def test_wheel_runs_in_an_empty_environment(empty_environment, tmp_path):
 
 def test_editable_install_maps_every_package():
     assert Path(triskele.__file__).is_relative_to(ROOT / "python")
-    import triskele.assets
-    import triskele.triton_kernels
-
-    assert Path(triskele.triton_kernels.__file__).parent == ROOT / "triton_kernels"
-    assert Path(triskele.assets.__file__).parent == ROOT / "assets"
+    for name, folder in (("triskele.triton_kernels", "triton_kernels"), ("triskele.assets", "assets")):
+        assert Path(importlib.import_module(name).__file__).parent == ROOT / folder
 
 
 def test_the_bare_name_of_triton_kernels_is_guarded():

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import importlib
 
+from triskele import _diffusers_hook
 from triskele.backend import backends, explain
 
 __version__ = "0.1.0"
+
+_diffusers_hook.install()  # a patched checkpoint loads through diffusers' own from_pretrained
 
 _LAZY = {  # name -> module that holds it; "" for a subpackage itself
     "SLA": "triskele.configs", "VMoBA": "triskele.configs", "SVDQuant": "triskele.configs",

@@ -145,10 +145,11 @@ class BackendTable(tuple):
     """The rows of `backends()`; prints as a table."""
 
     def __str__(self) -> str:
-        lines = [f"{'op':<22}{'backend':<11}{'here':<6}why not, or where verified"]
+        width = max((len(row.op) for row in self), default=2) + 2
+        lines = [f"{'op':<{width}}{'backend':<11}{'here':<6}why not, or where verified"]
         for row in self:
             note = "; ".join(row.why_not) or ", ".join(row.verified)
-            lines.append(f"{row.op:<22}{row.backend:<11}{'yes' if row.runs_here else 'no':<6}{note}")
+            lines.append(f"{row.op:<{width}}{row.backend:<11}{'yes' if row.runs_here else 'no':<6}{note}")
         return "\n".join(lines)
 
     __repr__ = __str__

@@ -1,0 +1,45 @@
+"""Self-attention of diffusers' `Attention` module: `attn1` of a BasicTransformerBlock (DiT, PixArt, UNet)."""
+
+from __future__ import annotations
+
+from triskele.diffusers.processor import SparseProcessor, key_mask_of
+
+ORIGINALS = ("AttnProcessor2_0", "AttnProcessor", "FusedAttnProcessor2_0", "SlicedAttnProcessor",
+             "XFormersAttnProcessor")
+"""Processors that compute exact softmax attention, each in its own way."""
+
+
+class BasicSparseProcessor(SparseProcessor):
+    """Follows AttnProcessor2_0 step by step: 4-D inputs, group norm, query and key norms, residual, rescaling."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, **_ignored):
+        if encoder_hidden_states is not None:
+            raise ValueError("encoder_hidden_states: expected None for self-attention, got a tensor")
+        residual = hidden_states
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        image = hidden_states.shape[2:] if hidden_states.ndim == 4 else None
+        if image is not None:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        key_mask = key_mask_of(attention_mask, hidden_states.shape[0], hidden_states.shape[1], dims=3)
+
+        if attn.fused_projections:
+            q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        q, k, v = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v))  # [B, H, L, D]
+        if attn.norm_q is not None:
+            q = attn.norm_q(q)
+        if attn.norm_k is not None:
+            k = attn.norm_k(k)
+        o = self.attend(attn, q, k, v, key_mask=key_mask)
+        o = o.transpose(1, 2).flatten(2).to(q.dtype)
+        o = attn.to_out[1](attn.to_out[0](o))
+
+        if image is not None:
+            o = o.transpose(1, 2).unflatten(2, tuple(image))
+        if attn.residual_connection:
+            o = o + residual
+        return o / attn.rescale_output_factor
