@@ -336,6 +336,20 @@ def test_loop_over_a_slice_is_sequential_and_says_so(caplog):
     assert [r.message for r in caplog.records if "slice" in r.message] == [caplog.records[0].message]
 
 
+def test_scheduler_replaced_after_patching(caplog):
+    from diffusers import DPMSolverMultistepScheduler
+
+    pipe = unet_pipeline()
+    plain = pipe.scheduler
+    with tk.patch(pipe, sampler=tk.ParaTAA(window=4)):
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+        want = unet_call(pipe, steps=4)
+        assert [r.message[:38] for r in caplog.records] == ["ParaTAA: pipe.scheduler was replaced a"]
+    assert pipe.scheduler is plain
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(plain.config)
+    assert torch.equal(unet_call(pipe, steps=4), want)
+
+
 def test_single_step_is_sequential():
     pipe = unet_pipeline()
     want = unet_call(pipe, steps=1)

@@ -105,7 +105,7 @@ class Run:
         if self.rows is None:
             self.rows = self._state_rows(call) if self.solvers else None
         self.calls += 1
-        if self.pace.row_seconds is None and self.solvers and self.calls == 1:
+        if self.pace.row_seconds is None and self.solvers and self.calls == 1 and not _compiles(call.module):
             self.pace.row_seconds = self._timed(call, 1)        # in the second round: warm, and once for this shape
         if not self.solvers:
             return (), self._first_rows(call, self.window)
@@ -127,20 +127,22 @@ class Run:
         self.window = self.pace.window
 
     def _timed(self, call: Call, window: int) -> float:
-        """Seconds of a denoiser call with `window` rows a sample."""
+        """Seconds of a denoiser call with `window` rows a sample; warmed up where a new shape costs extra."""
         arguments = call.arguments if window == 1 else self._first_rows(call, window)
         device = call.latents.device
+        begin, seconds = time.perf_counter(), 0.0
         self.measuring = True
         try:
-            _wait_for(device)
-            start = time.perf_counter()
-            with torch.no_grad():
-                call.module(**arguments)
-            _wait_for(device)
+            for _ in range(2 if device.type == "cuda" or _compiles(call.module) else 1):
+                _wait_for(device)
+                start = time.perf_counter()
+                with torch.no_grad():
+                    call.module(**arguments)
+                _wait_for(device)
+                seconds = time.perf_counter() - start
         finally:
             self.measuring = False
-        seconds = time.perf_counter() - start
-        self.spent += seconds
+            self.spent += time.perf_counter() - begin
         return seconds
 
     def _first_rows(self, call: Call, window: int) -> dict:
@@ -276,6 +278,11 @@ class Run:
                 self.pace.window = None
                 line += "; from now on it is sequential for this shape"
             logger.warning(line)
+
+
+def _compiles(module: torch.nn.Module) -> bool:
+    """Whether a call of a new shape may be compiled first, which is no measure of its speed."""
+    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in module.modules())
 
 
 def _wait_for(device: torch.device) -> None:

@@ -16,6 +16,7 @@ guidance's copies, eta and the generator. Noise is then drawn at once, in the or
 from __future__ import annotations
 
 import logging
+import weakref
 
 import torch
 
@@ -42,7 +43,7 @@ def apply(pipe, adapter: Adapter, config: ParaTAA, undo: UndoLog) -> list[Replac
     denoiser = _refuse_pipeline(pipe, adapter)
     scheduler = pipe.scheduler
     _refuse_scheduler(scheduler)
-    sampling = Sampling(adapter, config, denoiser)
+    sampling = Sampling(pipe, adapter, config, denoiser)
     undo.setattr(pipe, "scheduler", stand_in(scheduler, sampling))
     undo.register_hook(denoiser.register_forward_pre_hook(sampling.widen, with_kwargs=True, prepend=True))
     undo.setattr(pipe, SAMPLER, sampling)
@@ -58,8 +59,9 @@ class Sampling:
     config  the ParaTAA in use
     """
 
-    def __init__(self, adapter: Adapter, config: ParaTAA, denoiser: torch.nn.Module):
+    def __init__(self, pipe, adapter: Adapter, config: ParaTAA, denoiser: torch.nn.Module):
         self.adapter, self.config, self.denoiser = adapter, config, denoiser
+        self._pipe = weakref.ref(pipe)
         self.last: list[SampleRun] = []
         self.unscaled: torch.Tensor | None = None   # what the pipeline last gave to scale_model_input
         self.paces: dict[tuple, Pace] = {}          # shape of a call -> what is known of its speed
@@ -92,7 +94,13 @@ class Sampling:
 
     def widen(self, module, args, kwargs):
         """Forward pre-hook of the denoiser."""
-        return None if self._run is None else self._run.widen(module, args, kwargs)
+        if self._run is not None:
+            return self._run.widen(module, args, kwargs)
+        pipe = self._pipe()
+        if pipe is not None and not isinstance(getattr(pipe.scheduler, "timesteps", None), Timesteps):
+            self._warn("ParaTAA: pipe.scheduler was replaced after patching, so sampling is sequential; restore() the "
+                       "patch, then set the scheduler, then patch again")
+        return None
 
     def step(self, values: dict) -> torch.Tensor:
         """The stand-in's `step()` while `parallel`; values: its arguments by name."""
@@ -102,10 +110,15 @@ class Sampling:
         """The stand-in's `step()` runs as the scheduler's own."""
         if self._run is not None:
             self._run.settle_sequential()
-        elif not self._warned:
+        else:
+            self._warn("ParaTAA: this loop does not run over scheduler.timesteps as a whole (image to image takes a "
+                       "slice of it), so it is sequential")
+
+    def _warn(self, line: str) -> None:
+        """Once."""
+        if not self._warned:
             self._warned = True
-            logger.warning("ParaTAA: this loop does not run over scheduler.timesteps as a whole (image to image takes "
-                           "a slice of it), so it is sequential")
+            logger.warning(line)
 
     def system(self, scheduler, eta: float) -> TriangularSystem:
         """The scheduler's equations; probed once for a schedule."""
