@@ -1,0 +1,55 @@
+"""The tables of the 4-bit linear, one for each kind of activation: where one has no kernel, the reference stands in.
+
+    svdq.w4a8      int8 per token: cpu, reference
+    svdq.w4a4      int4 per token and group of 64: reference
+    svdq.w4a8_fp8  e4m3 per token: reference
+    svdq.w4a4_fp4  nvfp4 per token and group of 16: reference
+    svdq.w4a16     activations as they are: reference
+    svdq.backward  reference
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from triskele import _native
+from triskele.backend import Backend, register
+from triskele.ops.svdq import reference
+from triskele.quantize.formats import pad_columns
+
+OP_OF_ACTIVATION = {"int8": "svdq.w4a8", "int4": "svdq.w4a4", "fp8": "svdq.w4a8_fp8", "nvfp4": "svdq.w4a4_fp4",
+                    "none": "svdq.w4a16"}
+_LANES = 16  # the kernels take ranks in multiples of it
+_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _cpu_why_not(x, qweight, *_rest) -> list[str]:
+    reasons = []
+    if x.dtype not in _CPU_DTYPES:
+        reasons.append(f"takes {', '.join(str(d) for d in _CPU_DTYPES)}, got {x.dtype}")
+    return reasons
+
+
+def _cpu(x, qweight, wscales, wtscale, lora_down, lora_up, smooth, bias, format, _activation, shift):
+    """Two kernels: quantize and project down; multiply, scale, project up, add the bias."""
+    native = torch.ops.triskele_native
+    group = qweight.shape[1] * 2 // wscales.shape[1]
+    rows = (x.float() if x.dtype == torch.float16 else x).contiguous()
+    lora_down_t = pad_columns(lora_down.float().T, _LANES).contiguous()  # [K, r']
+    lora_up_t = F.pad(lora_up.float().T, (0, 0, 0, lora_down_t.shape[1] - lora_up.shape[1])).contiguous()  # [r', N]
+    codes, token_scales, sums, down = native.svdq_quantize(rows, 1.0 / smooth.float(), lora_down_t, shift, group)
+    scales = wscales.float() if wtscale is None else wscales.float() * wtscale.float()[:, None]
+    y = native.svdq_gemm(codes, token_scales, sums, down, qweight.contiguous(), scales.contiguous(),
+                         lora_up_t, None if bias is None else bias.float().contiguous(),
+                         format == "nvfp4", rows.dtype == torch.bfloat16)
+    return y.to(x.dtype)
+
+
+_reference = Backend("reference", reference.svdq_linear)
+for _op in OP_OF_ACTIVATION.values():
+    if _op == "svdq.w4a8":
+        register(_op, (Backend("cpu", _cpu, _cpu_why_not, _native.cpu_library), _reference))
+    else:
+        register(_op, (_reference,))
+register("svdq.backward", (Backend("reference", reference.svdq_linear_backward),))
