@@ -5,7 +5,24 @@
 STABLE_TORCH_LIBRARY(triskele_native, m) {
   m.def("cpu_level() -> str");
   // sla
+  m.def("sla_route(Tensor q, Tensor k, int n_keep, int n_drop, int block_q, int block_k, Tensor? keep_keys, Tensor? key_mask) -> Tensor");
+  m.def("sla_forward(Tensor q, Tensor k, Tensor v, Tensor map, Tensor? weight, Tensor? bias, Tensor? alpha, Tensor? key_mask, int block_q, int block_k, int feature, int scope, float scale, bool parts) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("sla_backward(Tensor q, Tensor k, Tensor v, Tensor map, Tensor lse, Tensor offset, Tensor d_sparse, Tensor? d_rows, Tensor? d_linear, Tensor? key_mask, int block_q, int block_k, int feature, int scope, float scale) -> (Tensor, Tensor, Tensor)");
   // vmoba
+  m.def("vmoba_select(Tensor q, Tensor k, Tensor? order, Tensor bounds, str mode, str pool, int top_k, "
+        "float threshold) -> Tensor");
+  m.def("vmoba_attention(Tensor q, Tensor k, Tensor v, Tensor? order, Tensor bounds, Tensor mask) "
+        "-> (Tensor, Tensor)");
+  m.def("vmoba_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+        "Tensor? order, Tensor bounds, Tensor mask) -> (Tensor, Tensor, Tensor)");
   // svdq
+  m.def("svdq_quantize(Tensor x, Tensor inverse_smooth, Tensor lora_down_t, float shift, int group) "
+        "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("svdq_gemm(Tensor codes, Tensor token_scales, Tensor sums, Tensor down, Tensor qweight, Tensor wscales, "
+        "Tensor lora_up_t, Tensor? bias, bool e2m1, bool narrow) -> Tensor");
   // taa
+  m.def("taa_residual(Tensor x, Tensor eps, Tensor? noise, Tensor a, Tensor b, Tensor c, Tensor[] past_r, int order) "
+        "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("taa_update(Tensor x, Tensor residual, Tensor[] past_x, Tensor[] past_r, Tensor gamma, Tensor eps, "
+        "Tensor enter_a, Tensor enter_w, Tensor enter_c, Tensor? enter_noise) -> Tensor");
 }

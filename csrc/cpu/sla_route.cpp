@@ -1,0 +1,148 @@
+// Block routing: one read of Q and K for the block means, then per row of blocks a partial selection that sorts nothing.
+// Means and scores are float64, so that a near tie falls as it does in the reference.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <optional>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "check.h"
+#include "cpu/level.h"
+#include "cpu/simd.h"
+
+namespace triskele::TRISKELE_LEVEL {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr const char* kOp = "sla_route";
+
+double widen(float x) { return x; }
+double widen(double x) { return x; }
+double widen(uint16_t x) { return from_bfloat16(x); }
+
+// Mean of the visible rows of every block of x [B, H, L, D] -> means [B, H, blocks, D]; zero where there is none.
+template <class T>
+void block_means(const Tensor& x, const T* data, int64_t block, const bool* mask, double* means) {
+  const int64_t heads = x.size(1), length = x.size(2), dim = x.size(3), blocks = (length + block - 1) / block;
+  const int64_t s0 = x.stride(0), s1 = x.stride(1), s2 = x.stride(2), s3 = x.stride(3);
+  torch::stable::parallel_for(0, x.size(0) * heads * blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t j = task % blocks, h = task / blocks % heads, b = task / blocks / heads;
+      const T* source = data + b * s0 + h * s1;
+      double* mean = means + task * dim;
+      std::fill(mean, mean + dim, 0.0);
+      int64_t count = 0;
+      for (int64_t t = j * block; t < std::min(length, (j + 1) * block); ++t) {
+        if (mask != nullptr && !mask[b * length + t]) continue;
+        ++count;
+        const T* row = source + t * s2;
+        if (s3 == 1)
+          for (int64_t d = 0; d < dim; ++d) mean[d] += widen(row[d]);
+        else
+          for (int64_t d = 0; d < dim; ++d) mean[d] += widen(row[d * s3]);
+      }
+      for (int64_t d = 0; d < dim && count > 0; ++d) mean[d] /= count;
+    }
+  });
+}
+
+void means_of(const Tensor& x, int64_t block, const bool* mask, double* means) {
+  if (x.scalar_type() == ScalarType::Float)
+    block_means(x, x.const_data_ptr<float>(), block, mask, means);
+  else if (x.scalar_type() == ScalarType::Double)
+    block_means(x, x.const_data_ptr<double>(), block, mask, means);
+  else
+    block_means(x, static_cast<const uint16_t*>(x.const_data_ptr()), block, mask, means);
+}
+
+// Which blocks of each batch hold a token that `flags` [B or 1, Lk] marks -> [B, blocks].
+std::vector<uint8_t> blocks_with(const Tensor& flags, int64_t batch, int64_t length, int64_t block) {
+  const int64_t blocks = (length + block - 1) / block;
+  const bool* marked = flags.const_data_ptr<bool>();
+  std::vector<uint8_t> found(batch * blocks, 0);
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t t = 0; t < length; ++t) found[b * blocks + t / block] |= marked[flags.size(0) == 1 ? t : b * length + t];
+  return found;
+}
+
+Tensor sla_route(Tensor q, Tensor k, int64_t n_keep, int64_t n_drop, int64_t block_q, int64_t block_k,
+                 OptionalTensor keep_keys, OptionalTensor key_mask) {
+  check_dim(kOp, "q", q, 4);
+  check_dim(kOp, "k", k, 4);
+  const ScalarType dtype = q.scalar_type();
+  check_that(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16, kOp,
+             "float32, float64 or bfloat16");
+  check_that(k.scalar_type() == dtype, kOp, "k of the dtype of q");
+  check_that(block_q >= 1 && block_k >= 1, kOp, "blocks of at least one token");
+  const int64_t batch = q.size(0), heads = q.size(1), dim = q.size(3), keys = k.size(2);
+  check_equal(kOp, "batch of k", batch, k.size(0));
+  check_equal(kOp, "heads of k", heads, k.size(1));
+  check_equal(kOp, "head_dim of k", dim, k.size(3));
+  if (key_mask) {
+    check_contiguous(kOp, "key_mask", *key_mask);
+    check_equal(kOp, "key_mask elements", batch * keys, key_mask->numel());
+  }
+  if (keep_keys) {
+    check_contiguous(kOp, "keep_keys", *keep_keys);
+    check_dim(kOp, "keep_keys", *keep_keys, 2);
+    check_equal(kOp, "keep_keys length", keys, keep_keys->size(1));
+    check_that(keep_keys->size(0) == 1 || keep_keys->size(0) == batch, kOp, "keep_keys for one or every batch");
+  }
+  const int64_t nq = (q.size(2) + block_q - 1) / block_q, nk = (keys + block_k - 1) / block_k;
+  const std::vector<uint8_t> seen = key_mask ? blocks_with(*key_mask, batch, keys, block_k)
+                                             : std::vector<uint8_t>(batch * nk, 1);
+  const std::vector<uint8_t> kept = keep_keys ? blocks_with(*keep_keys, batch, keys, block_k)
+                                              : std::vector<uint8_t>(batch * nk, 0);
+  std::vector<double> q_means(batch * heads * nq * dim), k_means(batch * heads * nk * dim);
+  means_of(q, block_q, nullptr, q_means.data());
+  means_of(k, block_k, key_mask ? key_mask->const_data_ptr<bool>() : nullptr, k_means.data());
+
+  Tensor map = torch::stable::new_empty(q, {batch, heads, nq, nk}, ScalarType::Char);
+  int8_t* kinds = map.mutable_data_ptr<int8_t>();
+  const int64_t keep = std::clamp<int64_t>(n_keep, 0, nk), drop = std::clamp<int64_t>(n_drop, 0, nk);
+  torch::stable::parallel_for(0, batch * heads * nq, 4, [&](int64_t begin, int64_t end) {
+    std::vector<double> scores(nk);
+    std::vector<int64_t> order(nk);
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t b = row / nq / heads;
+      const double *mean_q = q_means.data() + row * dim, *mean_k = k_means.data() + row / nq * nk * dim;
+      for (int64_t j = 0; j < nk; ++j) {
+        double dot = 0.0;
+#pragma omp simd reduction(+ : dot)
+        for (int64_t d = 0; d < dim; ++d) dot += mean_q[d] * mean_k[j * dim + d];
+        scores[j] = !seen[b * nk + j] ? -std::numeric_limits<double>::infinity()
+                    : std::isfinite(dot) ? dot  // what is not a number ranks just above what nobody sees
+                    : dot > 0.0 ? std::numeric_limits<double>::max() : std::numeric_limits<double>::lowest();
+      }
+      const auto ahead = [&](int64_t i, int64_t j) {
+        return scores[i] != scores[j] ? scores[i] > scores[j] : i < j;  // a total order: every selection is the same
+      };
+      std::iota(order.begin(), order.end(), int64_t{0});
+      if (keep < nk) std::nth_element(order.begin(), order.begin() + keep, order.end(), ahead);
+      const int64_t from = std::max(keep, nk - drop);  // a critical block is not dropped
+      if (from > keep && from < nk) std::nth_element(order.begin() + keep, order.begin() + from, order.end(), ahead);
+      if (nk - drop < keep) std::nth_element(order.begin(), order.begin() + (nk - drop), order.begin() + keep, ahead);
+      int8_t* out = kinds + row * nk;
+      std::fill(out, out + nk, int8_t{0});
+      for (int64_t i = nk - drop; i < nk; ++i) out[order[i]] = -1;
+      for (int64_t i = 0; i < keep; ++i) out[order[i]] = seen[b * nk + order[i]] ? 1 : i >= nk - drop ? -1 : 0;
+      for (int64_t j = 0; j < nk; ++j)
+        if (kept[b * nk + j] && seen[b * nk + j]) out[j] = 1;
+    }
+  });
+  return map;
+}
+
+}  // namespace
+
+void register_sla_route(torch::stable::detail::StableLibrary& m) { m.impl("sla_route", TORCH_BOX(&sla_route)); }
+
+}  // namespace triskele::TRISKELE_LEVEL

@@ -1,0 +1,68 @@
+"""Tables of the SLA ops: sla.route, sla.forward, sla.backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from triskele._native import cpu_library
+from triskele.backend import Backend, register
+from triskele.ops.sla import reference
+from triskele.ops.sla.reference import Settings
+
+native = torch.ops.triskele_native
+
+
+def _cpu_why_not(q: Tensor, *_rest) -> list[str]:
+    return [] if q.dtype in (torch.float32, torch.bfloat16) else [f"takes float32 and bfloat16, got {q.dtype}"]
+
+
+def _float32(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(torch.float32).contiguous()
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _codes(settings: Settings) -> tuple[int, int]:
+    """The feature map and the scope as the kernels know them."""
+    features, scopes = ("softmax", "elu", "relu"), ("all", "complement", "marginal")
+    return features.index(settings.feature_map), scopes.index(settings.scope)
+
+
+def _cpu_route(q, k, n_keep, n_drop, block_q, block_k, keep_keys, key_mask):
+    if q.dtype == torch.float16:  # a copy, exact
+        q, k = q.float(), k.float()
+    return native.sla_route(q, k, n_keep, n_drop, block_q, block_k, _contiguous(keep_keys), _contiguous(key_mask))
+
+
+def _cpu_forward(q, k, v, block_map, weight, bias, alpha, key_mask, settings: Settings, parts: bool):
+    return native.sla_forward(
+        q, k, v, block_map.contiguous(), _float32(weight), _float32(bias), _float32(alpha), _contiguous(key_mask),
+        settings.block_q, settings.block_k, *_codes(settings), settings.scale, parts)
+
+
+def _cpu_backward(q, k, v, block_map, o_sparse, o_linear, lse, d_sparse, d_linear, d_lse, key_mask, settings: Settings):
+    d_sparse, d_linear = _float32(d_sparse), _float32(d_linear)
+    offset = (d_sparse * o_sparse).sum(-1)  # D_s - dL
+    if d_lse is not None:
+        offset = offset - d_lse
+    d_rows = None if d_linear is None else (d_linear * o_linear).sum(-1)
+    return native.sla_backward(
+        q, k, v, block_map.contiguous(), lse.contiguous(), offset, d_sparse, d_rows, d_linear, _contiguous(key_mask),
+        settings.block_q, settings.block_k, *_codes(settings), settings.scale)
+
+
+register("sla.route", (
+    Backend("cpu", _cpu_route, missing=cpu_library),
+    Backend("reference", reference.route),
+))
+register("sla.forward", (
+    Backend("cpu", _cpu_forward, _cpu_why_not, missing=cpu_library),
+    Backend("reference", reference.forward),
+))
+register("sla.backward", (
+    Backend("cpu", _cpu_backward, _cpu_why_not, missing=cpu_library),
+    Backend("reference", reference.backward),
+))
