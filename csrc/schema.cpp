@@ -25,4 +25,6 @@ STABLE_TORCH_LIBRARY(triskele_native, m) {
         "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def("taa_update(Tensor x, Tensor residual, Tensor[] past_x, Tensor[] past_r, Tensor gamma, Tensor eps, "
         "Tensor enter_a, Tensor enter_w, Tensor enter_c, Tensor? enter_noise) -> Tensor");
+  m.def("taa_gamma(Tensor squares, Tensor gram, Tensor rhs, Tensor limits, int[] lengths, float ridge, bool relative) "
+        "-> (Tensor, Tensor)");
 }

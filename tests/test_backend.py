@@ -53,7 +53,7 @@ def test_missing_library_is_a_reason(table):
         select("test.op", torch.zeros(1))
 
 
-def test_unverified_gpu_backend_runs_by_name_only(table, monkeypatch):
+def test_an_unverified_gpu_kernel_runs_by_name_only_and_auto_says_so(table, monkeypatch):
     class Fake(torch.Tensor):
         @property
         def device(self):
@@ -62,8 +62,8 @@ def test_unverified_gpu_backend_runs_by_name_only(table, monkeypatch):
     monkeypatch.setattr(backend_module, "architecture", lambda device: "sm90")
     x = torch.zeros(1).as_subclass(Fake)
     table(Backend("cuda", lambda x: "ran"), Backend("reference", lambda x: 0))
-    with pytest.raises(NotImplementedError, match="not verified on sm90"):
-        select("test.op", x)
+    choice = explain("test.op", x)
+    assert choice.chosen == "reference" and "not verified on sm90" in choice.reasons["cuda"][0]
     assert select("test.op", x, backend="cuda").name == "cuda"
     table(Backend("cuda", lambda x: "ran", verified=("sm90",)), Backend("reference", lambda x: 0))
     assert select("test.op", x).name == "cuda"

@@ -83,6 +83,11 @@ def _first_tensor(inputs, kwargs) -> torch.Tensor:
     return next(v for v in (*inputs, *kwargs.values()) if isinstance(v, torch.Tensor))
 
 
+def _trusted(backend: Backend, device: torch.device) -> bool:
+    """Whether `auto` may pick it: a GPU kernel counts once its tests have passed on this architecture."""
+    return backend.device_type != "cuda" or architecture(device) in backend.verified
+
+
 def _reasons(backend: Backend, device: torch.device, wanted: str, table, inputs, kwargs) -> list[str]:
     if wanted not in ("auto", backend.name):
         return [f"backend={wanted!r} was asked for"]
@@ -93,11 +98,11 @@ def _reasons(backend: Backend, device: torch.device, wanted: str, table, inputs,
     if reasons := backend.why_not(*inputs, **kwargs):
         return reasons
     if wanted == "auto" and backend.name == "reference":
-        kernels = [b.name for b in table if b.device_type == device.type]
+        kernels = [b.name for b in table if b.device_type == device.type and _trusted(b, device)]
         if kernels:
             return [f"auto does not pick it where the device has a kernel ({', '.join(kernels)}); "
                     "ask for backend='reference'"]
-    if wanted == "auto" and backend.device_type == "cuda" and architecture(device) not in backend.verified:
+    if wanted == "auto" and not _trusted(backend, device):
         return [f"not verified on {architecture(device)} hardware yet; ask for backend={backend.name!r}"]
     return []
 
