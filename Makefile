@@ -1,9 +1,9 @@
-# make demo · make test · make bench · make gpu: each sets up what it needs first (Python 3.10+, a C++ compiler).
+# make demo · make test · make bench: each sets up what it needs first (Python 3.10+, a C++ compiler; nvcc optional).
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup build demo test lint clean
+.PHONY: setup build demo test bench lint clean
 
 setup: $(VENV)/.ready
 
@@ -22,7 +22,12 @@ demo: setup
 
 test: setup
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
+
+# Records go to bench/results/, tables into README.md and docs/.
+bench: setup
+	$(BIN)/python bench/run.py
+	$(BIN)/python bench/render.py
 
 lint:
 	$(BIN)/ruff check .
