@@ -1,6 +1,6 @@
 """Train the class-conditional image DiT on handwritten digits: noise prediction, DDPM schedule.
 
-    python examples/train_digits_image.py                  # about 50 minutes on 2 CPU cores
+    python examples/train_digits_image.py                  # an hour or two on 2 CPU cores
     python examples/train_digits_image.py --resume         # go on after an interruption
 
 Writes a diffusers folder (default assets/digits-dit) that `DigitsDiTPipeline.from_pretrained`

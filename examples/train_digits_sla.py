@@ -3,8 +3,8 @@
     python examples/train_digits_sla.py                    # about half an hour on 2 CPU cores
 
 Measures, on the same seeds, how far the sparse model's videos are from the teacher's before (training-free), after the
-projection alone, and after all weights. Writes a transformer folder (default assets/digits-wan-sla) that
-`WanTransformer3DModel.from_pretrained` loads once `triskele.diffusers` is imported, with the loss plot beside it.
+projection alone, and after all weights. Writes a pipeline folder (default assets/digits-wan-sla) that
+`load_video_pipeline(variant="sla")` loads, sparse as it was trained; the losses and figures go to --work.
 """
 
 from __future__ import annotations
@@ -85,12 +85,21 @@ def main() -> None:
         quality[name] = psnr(generate(pipe, prompts, steps), wanted)
         print(quality, flush=True)
 
-    pipe.transformer.save_pretrained(args.out)
+    pipe.save_pretrained(args.out)
+    forget_paths(Path(args.out))
     work = Path(args.work)
     work.mkdir(parents=True, exist_ok=True)
     (work / "quality.json").write_text(json.dumps({"arguments": vars(args), "psnr": quality}, indent=1))
     plot(losses, args.projection_steps, work / "loss.png")
     print(f"wrote {args.out}")
+
+
+def forget_paths(folder: Path) -> None:
+    """diffusers notes where each part was loaded from; that is of no use to anyone else."""
+    for path in folder.rglob("*.json"):
+        values = json.loads(path.read_text())
+        if values.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def plot(losses, projection_steps: int, path: Path) -> None:

@@ -13,6 +13,13 @@ from triskele.ops.sla.reference import Settings
 
 FEATURES = ("softmax", "elu", "relu")
 SCOPES = ("all", "complement", "marginal")
+SHAPES = [  # shape, Lk, block_q, block_k, mask: ragged last blocks, blocks of one, D no vector divides, cross lengths
+    ((1, 2, 200, 64), None, 64, 32, False),
+    ((2, 1, 63, 72), 130, 16, 24, True),
+    ((1, 1, 65, 1), 33, 7, 5, False),
+    ((1, 2, 40, 33), 41, 1, 1, True),
+    ((1, 1, 150, 256), None, 100, 200, False),
+]
 
 
 @dataclass

@@ -58,6 +58,12 @@ def test_configs_work_without_arguments(name):
     assert type(config).from_dict(config.to_dict()) == config
 
 
+def test_subpackages_are_there_without_importing_them():
+    for name in ("ops", "nn", "quantize", "sampling", "finetune", "digits", "diffusers"):
+        assert tk.__getattr__(name).__name__ == f"triskele.{name}"
+    assert "diffusers" not in tk.__all__  # a star import would hide diffusers itself
+
+
 def test_patch_and_system_signatures():
     assert {"attention", "linear", "sampler"} <= set(inspect.signature(tk.patch).parameters)
     found = inspect.signature(tk.sampling.TriangularSystem.from_scheduler).parameters

@@ -138,8 +138,8 @@ HOSTILE = {
     "lora_down and lora_up, or neither": lambda d: d.pop("lora_up"),
     "names among": lambda d: d.update(surprise=torch.ones(1)),
     "lora_down once": lambda d: d.update(proj_down=d["lora_down"]),
-    "qweight: expected a tensor with data": lambda d: d.update(qweight="x"),
-    "qweight: expected a tensor with data, ": lambda d: d.update(
+    "qweight: expected a dense tensor with data": lambda d: d.update(qweight="x"),
+    "qweight: expected a dense tensor with data, got torch.strided on meta": lambda d: d.update(
         qweight=torch.empty(2**20, 2**20, dtype=torch.int8, device="meta")),
     "qweight: expected dtype torch.int8": lambda d: d.update(qweight=d["qweight"].int()),
     "qweight: expected 2 dimensions": lambda d: d.update(qweight=d["qweight"].flatten()),
@@ -155,6 +155,9 @@ HOSTILE = {
     "smooth_orig: expected 128 elements": lambda d: d.update(smooth_orig=d["smooth"][:4]),
     "bias: expected 128 elements": lambda d: d.update(bias=d["bias"][:4]),
     "bias dtype: expected torch.bfloat16": lambda d: d.update(bias=d["bias"].half()),
+    "lora_up: expected 0 elements": lambda d: d.update(lora_down=d["lora_down"][:0]),
+    "bias: expected a dense tensor": lambda d: d.update(bias=d["bias"].to_sparse()),
+    "smooth: expected a dense tensor": lambda d: d.update(smooth=d["smooth"].to("meta")),
     "int4 layer: expected no wtscale": lambda d: d.update(wtscale=torch.ones(1, dtype=torch.bfloat16)),
 }
 
@@ -189,13 +192,18 @@ def test_hostile_nvfp4_files(message):
 @pytest.mark.parametrize("arguments, message", [
     ({"shape": (256, 128)}, r"shape\[0\]: expected an integer in"),
     ({"shape": (128, 2**60)}, r"shape\[1\]: expected an integer in"),
-    ({"rank": 17}, "rank: expected an integer in"), ({"format": "nvfp4"}, "wscales dtype: expected one that fits"),
+    ({"shape": 128}, r"shape: expected \(N, K\), got 128"), ({"shape": (128, 128, 1)}, r"shape: expected \(N, K\)"),
+    ({"rank": 17}, "rank: expected an integer in"), ({"rank": 0}, "rank: expected an integer in"),
+    ({"format": "nvfp4"}, "wscales dtype: expected one that fits"),
     ({"format": "int3"}, "format: expected one of")])
 def test_bad_unpack_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         nunchaku.unpack(good(), **arguments)
     with pytest.raises(ValueError, match="shape: expected one that pads to"):
         nunchaku.unpack(nunchaku.pack(torch.zeros(256, 128, dtype=torch.int8), torch.ones(256, 2)), shape=(100, 128))
+    with pytest.raises(ValueError, match="rank: expected one that pads to 32"):  # 16 would drop factors in silence
+        nunchaku.unpack(nunchaku.pack(torch.zeros(128, 128, dtype=torch.int8), torch.ones(128, 2),
+                                      torch.ones(20, 128), torch.ones(128, 20)), rank=16)
     with pytest.raises(ValueError, match="checkpoint layer: expected a dict"):
         nunchaku.unpack([1])
 
@@ -209,6 +217,9 @@ def test_bad_unpack_arguments(arguments, message):
     ({"scales": torch.ones(128, 3), "format": "nvfp4"}, "scales: expected shape"),
     ({"scales": torch.full((128, 2), math.nan)}, "scales in torch.bfloat16: expected finite"),
     ({"scales": torch.full((128, 2), 1e6), "dtype": torch.float16}, "scales in torch.float16: expected finite"),
+    ({"scales": torch.full((128, 8), 449.0), "format": "nvfp4"}, "at most 448"),
+    ({"scales": torch.full((128, 8), math.inf), "format": "nvfp4"}, "at most 448"),
+    ({"codes": torch.zeros(128, 128, dtype=torch.int8, device="meta")}, "codes: expected a tensor with data"),
     ({"dtype": torch.float32}, "dtype: expected one of"), ({"format": "int3"}, "format: expected one of"),
     ({"lora_down": torch.ones(4, 128)}, "both or neither"),
     ({"lora_down": torch.ones(4, 128), "lora_up": torch.ones(128, 5)}, "lora_up: expected shape"),

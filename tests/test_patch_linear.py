@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from patching import assert_restored, snapshot
@@ -255,3 +257,14 @@ def test_progress_bar_for_big_models(monkeypatch, capsys):
     monkeypatch.setattr(linear, "PROGRESS_ELEMENTS", 100)
     tk.patch(model, linear=RANK4)
     assert "SVDQuant" in capsys.readouterr().err
+
+
+def test_restore_follows_the_model_to_its_device():
+    model = wan_model()
+    handle = tk.patch(model, linear=RANK4)
+    attn = model.blocks[0].attn1
+    elsewhere = SimpleNamespace(is_meta=False, device=torch.device("meta"))  # in the place of a GPU
+    attn.to_q._buffers["qweight"] = elsewhere
+    attn.to_k.to("meta")  # as offloading does: its linear must keep its values
+    handle.restore()
+    assert attn.to_q.weight.is_meta and not attn.to_k.weight.is_meta and not attn.to_v.weight.is_meta

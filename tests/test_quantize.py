@@ -249,7 +249,10 @@ BAD = {
     "weight: expected a tensor": {"weight": [1.0]},
     "weight: expected values whose group scales are finite": {"weight": torch.full((16, 64), 6e5),
                                                               "dtype": torch.float16, "rank": 0},
+    "weight: expected a tensor with data": {"weight": torch.ones(16, 64, device="meta")},
     "activations: expected shape": {"activations": torch.ones(5, 63)},
+    r"activations: expected shape .*got \[\]": {"activations": torch.tensor(1.0)},
+    r"activations: expected shape .*got \[0, 0\]": {"activations": torch.ones(0, 0)},
     "activations: expected at least one token": {"activations": torch.ones(0, 64)},
     "activations: expected finite": {"activations": torch.full((2, 64), float("nan"))},
     "shift: expected a finite number": {"shift": -1.0},
@@ -275,6 +278,7 @@ def test_hostile_weights_are_refused():
             ("lora_up", good.lora_up[:, :1], "lora_up: expected shape"),
             ("smooth", good.smooth[:5], "smooth: expected shape"),
             ("smooth", -good.smooth, "smooth: expected positive"),
+            ("smooth", good.smooth.to("meta"), "smooth: expected the device of qweight"),
             ("smooth", None, "smooth: expected a tensor")):
         with pytest.raises(ValueError, match=message):
             quantize.SVDQWeight(**{**fields, name: value}, in_features=64)
@@ -282,3 +286,11 @@ def test_hostile_weights_are_refused():
         quantize.SVDQWeight(**fields, in_features=64, wtscale=torch.ones(1))
     with pytest.raises(ValueError, match="qweight: expected shape"):
         quantize.SVDQWeight(**fields, in_features=2**40)
+
+
+def test_weights_of_any_floating_dtype():
+    torch.manual_seed(0)
+    weight = torch.randn(24, 64).to(torch.float8_e4m3fn)
+    quantized = tk.quantize.svd_quantize(weight, rank=4)
+    assert quantized.lora_up.dtype == torch.float32
+    assert relative_norm(quantized.effective_weight(), weight.double()) < 0.1

@@ -99,6 +99,14 @@ def test_half_inputs_are_scored_wider():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("block", [10 ** 12, 2 ** 63 - 1])
+def test_blocks_longer_than_the_sequence_cost_nothing(block, backend):
+    q, k = torch.randn(1, 2, 20, 8), torch.randn(1, 2, 30, 8)
+    assert torch.equal(route_blocks(q, k, block_q=block, block_k=block, backend=backend), torch.ones(1, 2, 1, 1))
+    assert route_blocks(q, k, keep=1, block_q=block, block_k=7, backend=backend).shape == (1, 2, 1, 5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_keep_keys(backend):
     q, k = torch.randn(2, 2, 64, 16), torch.randn(2, 2, 70, 16)
     call = dict(keep=2, drop=0.5, block_q=16, block_k=8, backend=backend)
@@ -210,6 +218,9 @@ BAD = [
     (dict(keep_keys=torch.zeros(8)), "keep_keys: expected dtype torch.bool"),
     (dict(keep_keys=[(0, 9)]), r"keep_keys: expected pairs \(start, stop\) within 0..8"),
     (dict(keep_keys=[3]), "keep_keys: expected pairs"),
+    (dict(keep_keys=[(0.0, 3.0)]), "keep_keys: expected pairs"),
+    (dict(keep_keys=[(None, 3)]), "keep_keys: expected pairs"),
+    (dict(keep_keys=[(-3, -1)]), "keep_keys: expected pairs"),
     (dict(keep_keys="text"), "keep_keys: expected a bool tensor or a list"),
     (dict(key_mask=torch.ones(8, dtype=torch.bool)), "key_mask: expected shape"),
     (dict(key_mask=torch.ones(1, 8)), "key_mask: expected dtype torch.bool"),

@@ -216,3 +216,12 @@ def test_eta_where_step_takes_none():
     for scheduler, eta in ((ddpm, 0.5), (diffusers.FlowMatchEulerDiscreteScheduler(), 1.0)):
         with pytest.raises(ValueError, match=r"eta: expected 0 .*step\(\) takes no eta"):
             TriangularSystem.from_scheduler(scheduler, 5, eta=eta)
+
+
+def test_probing_leaves_torchs_generator_alone():
+    before = torch.get_rng_state()
+    assert TriangularSystem.from_scheduler(diffusers.DDPMScheduler(**PLAIN), 5).c.any()
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(ValueError, match="linear replay"):
+        TriangularSystem.from_scheduler(Squares(**PLAIN), 5)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -11,7 +11,7 @@ from generators import heads_last, poisoned, strided, with_outliers
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from sla_cases import FEATURES, SCOPES, Published, at_precision, problem
+from sla_cases import FEATURES, SCOPES, SHAPES, Published, at_precision, problem
 from tolerance import assert_relative, assert_within_budget
 
 import triskele
@@ -50,15 +50,6 @@ def test_fp16_vectors_are_there():
 
 
 # ------------------------------------------------------------------------------------------------ error budget
-
-SHAPES = [  # shape, Lk, block_q, block_k, mask: ragged last blocks, blocks of one, D no vector divides, cross lengths
-    ((1, 2, 200, 64), None, 64, 32, False),
-    ((2, 1, 63, 72), 130, 16, 24, True),
-    ((1, 1, 65, 1), 33, 7, 5, False),
-    ((1, 2, 40, 33), 41, 1, 1, True),
-    ((1, 1, 150, 256), None, 100, 200, False),
-]
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape, lk, block_q, block_k, mask", SHAPES)
@@ -191,6 +182,17 @@ def test_empty(batch, lq, lk, backend):
         assert not o.any() and not o_linear.any() and (lse == -math.inf).all()
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_blocks_longer_than_the_sequence_are_the_sequence(backend):
+    q, k, v, *_ = problem((1, 2, 20, 8), 30)
+    block_map, huge = torch.zeros(1, 2, 1, 1, dtype=torch.int8), 2 ** 63 - 1
+    want = sparse_linear_attention(q, k, v, block_map, 20, 30, proj_weight=torch.eye(8), backend=backend)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    got = sparse_linear_attention(q, k, v, block_map, huge, huge, proj_weight=torch.eye(8), backend=backend)
+    assert torch.equal(got, want)
+    assert all(g.any() for g in torch.autograd.grad(got.square().sum(), leaves))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_keep_everything_is_dense(dtype):
     q, k, v, *_ = problem((2, 2, 130, 48), 99, dtype)
@@ -246,7 +248,9 @@ BAD = [
     (dict(alpha=torch.ones(8, dtype=torch.int64)), "alpha: expected a floating-point dtype"),
     (dict(key_mask=torch.ones(1, 8)), "key_mask: expected dtype torch.bool"),
     (dict(key_mask=torch.ones(2, 8, dtype=torch.bool)), "key_mask: expected shape"),
+    (dict(alpha=True), "alpha: expected a tensor, got bool"),
     (dict(scale=math.nan), "scale: expected a finite number"),
+    (dict(scale=True), "scale: expected a finite number"),
 ]
 
 
@@ -296,11 +300,12 @@ def test_opcheck(scope):
     torch.library.opcheck(sla_attention, (q, k, v, block_map, None, None, None, None, *settings, False, "auto"))
 
 
-def test_compile_fullgraph():
+@pytest.mark.parametrize("linear, dynamic", [("proj", None), ("proj", True), ("alpha", True)])
+def test_compile_fullgraph(linear, dynamic):
     q, k, v, *_ = problem((1, 2, 70, 16))
-    module = SparseLinearAttention(16, triskele.SLA(keep=0.5, block_q=16, block_k=16, linear="proj"))
-    torch.nn.init.normal_(module.proj.weight)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    module = SparseLinearAttention(16, triskele.SLA(keep=0.5, block_q=16, block_k=16, linear=linear), num_heads=2)
+    torch.nn.init.normal_(next(module.parameters()))
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     inputs = [[x.clone().requires_grad_() for x in (q, k, v)] for _ in range(2)]
     got, want = compiled(*inputs[0]), module(*inputs[1])
     assert torch.equal(got, want)

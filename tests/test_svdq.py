@@ -364,3 +364,6 @@ def test_module_refuses_bad_states_and_arguments():
             make_one()
     with pytest.raises((AttributeError, KeyError)):
         module.weight = torch.nn.Parameter(torch.ones(32, 64))
+    with pytest.raises(RuntimeError, match="nothing can be merged into a 4-bit weight"):
+        module.weight.data += 1  # as peft's fuse_lora does: without the error the adapter would be lost
+    assert type(module.weight * 2) is torch.Tensor

@@ -78,6 +78,11 @@ def test_partition_sizes_read_in_decimal():
     assert vmoba_partition((1, 10, 10), 0.29).bounds[1] == 29  # 0.29 * 100 is 28.999... in floating point
 
 
+@pytest.mark.parametrize("chunk", [3, 3.5, 10 ** 30, 1e300, (10 ** 30, 10 ** 30), pytest.param(10 ** 400, id="huge")])
+def test_partition_of_more_than_there_is_spans_it(chunk):
+    assert vmoba_partition((3, 4, 5), chunk).bounds.tolist() == [0, 60]
+
+
 @pytest.mark.parametrize("grid, chunk, message", [
     ((4, 6), 1, "grid: expected"), ((4, 6, 0), 1, "grid w"), ((4, 6.0, 8), 1, "grid h"), (7, 1, "grid: expected"),
     ((1 << 11, 1 << 11, 1 << 11), 1, "grid: expected at most"),
@@ -490,7 +495,5 @@ def test_module_dense_layers_other_grids_and_compile():
 def test_module_bad_input():
     with pytest.raises(ValueError, match="layer_index"):
         VMoBAAttention(VMoBA(), -1)
-    with pytest.raises(ValueError, match="chunks: expected three"):
-        VMoBAAttention(VMoBA(chunks=(1, 2)), 0)
     with pytest.raises(ValueError, match="chunk: expected a partition of S = 24"):
         VMoBAAttention(VMoBA(), 0)(Q, Q, Q, (2, 3, 5))

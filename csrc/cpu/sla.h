@@ -84,7 +84,12 @@ struct Visible {
   std::vector<int64_t> index;  // [B, Lk] token of each packed row; empty: no mask, packed is the original
 };
 
-inline Visible visible_keys(const Problem& p, const OptionalTensor& mask) {
+inline Visible visible_keys(const char* op, const Problem& p, const OptionalTensor& mask) {
+  if (mask) {
+    check_that(mask->scalar_type() == ScalarType::Bool, op, "key_mask of dtype bool");
+    check_contiguous(op, "key_mask", *mask);
+    check_equal(op, "key_mask elements", p.batch * p.keys, mask->numel());
+  }
   const int64_t blocks = p.k_blocks();
   Visible seen;
   seen.count.assign(p.batch * blocks, 0);

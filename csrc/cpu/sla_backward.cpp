@@ -265,11 +265,7 @@ std::tuple<Tensor, Tensor, Tensor> sla_backward(
   check_floats("d_sparse", d_sparse, rows * p.dim);
   check_that(d_rows.has_value() == d_linear.has_value(), kOp, "d_rows and d_linear together");
   if (d_linear) check_floats("d_linear", *d_linear, rows * p.dim), check_floats("d_rows", *d_rows, rows);
-  if (key_mask) {
-    check_contiguous(kOp, "key_mask", *key_mask);
-    check_equal(kOp, "key_mask elements", p.batch * p.keys, key_mask->numel());
-  }
-  const Visible seen = visible_keys(p, key_mask);
+  const Visible seen = visible_keys(kOp, p, key_mask);
   const Rows q_rows(q), k_rows = key_rows(k, seen, block_k), v_rows = key_rows(v, seen, block_k);
   Tensor dq = new_like_dtype(q, {p.batch, p.heads, p.queries, p.dim});
   Tensor dk = new_like_dtype(q, {p.batch, p.heads, p.keys, p.dim});

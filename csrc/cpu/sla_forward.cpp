@@ -184,11 +184,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sla_forward(
   if (weight) check_equal(kOp, "weight elements", p.dim * p.dim, weight->numel());
   if (bias) check_equal(kOp, "bias elements", p.dim, bias->numel());
   if (alpha) check_equal(kOp, "alpha elements", p.all_heads() * p.queries, alpha->numel());
-  if (key_mask) {
-    check_contiguous(kOp, "key_mask", *key_mask);
-    check_equal(kOp, "key_mask elements", p.batch * p.keys, key_mask->numel());
-  }
-  const Visible seen = visible_keys(p, key_mask);
+  const Visible seen = visible_keys(kOp, p, key_mask);
   const Rows q_rows(q), k_rows = key_rows(k, seen, block_k), v_rows = key_rows(v, seen, block_k);
   Tensor o = new_like_dtype(q, {p.batch, p.heads, p.queries, p.dim});
   Tensor o_sparse = parts ? new_like_dtype(q, {p.batch, p.heads, p.queries, p.dim}) : new_like_dtype(q, {0});

@@ -21,10 +21,11 @@ _LAZY = {  # name -> module that holds it; "" for a subpackage itself
     "SLA": "triskele.configs", "VMoBA": "triskele.configs", "SVDQuant": "triskele.configs",
     "ParaTAA": "triskele.configs",
     "patch": "triskele.diffusers",
-    "ops": "", "nn": "", "quantize": "", "sampling": "", "finetune": "", "digits": "",
+    "ops": "", "nn": "", "quantize": "", "sampling": "", "finetune": "", "digits": "", "diffusers": "",
 }
 
-__all__ = ["__version__", "backends", "explain", *_LAZY]
+# without "diffusers": `from triskele import *` must not hide diffusers itself
+__all__ = ["__version__", "backends", "explain", *(name for name in _LAZY if name != "diffusers")]
 
 
 def __getattr__(name: str):

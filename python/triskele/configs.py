@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
+from numbers import Real
 from typing import Literal
 
+from triskele.backend import NAMES
 from triskele.checks import check_choice, check_int, expected
 
 
 @dataclass(frozen=True)
 class _Config:
+    def __post_init__(self):
+        for f in fields(self):  # JSON gives lists where the configs hold tuples
+            object.__setattr__(self, f.name, _tuples(getattr(self, f.name)))
+
     def to_dict(self) -> dict:
         """Plain values that JSON holds; `from_dict` takes them back."""
         return {"kind": type(self).__name__, **asdict(self)}
@@ -24,19 +31,34 @@ class _Config:
         known = {f.name for f in fields(cls)}
         if unknown := set(values) - known:
             raise expected("config keys", sorted(known), sorted(unknown))
-        return cls(**{k: _tuples(v) for k, v in values.items()})
+        return cls(**values)
 
 
 def _tuples(value):
-    """JSON gives lists where the configs hold tuples."""
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
 
 
+def _is_number(value) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def _share(name: str, value, *, zero: bool) -> None:
-    low_ok = value >= 0 if zero else value > 0
-    high_ok = value < 1 if zero else value <= 1
-    if not (low_ok and high_ok):
-        raise expected(name, "a share in " + ("[0, 1)" if zero else "(0, 1]"), value)
+    if not (_is_number(value) and (0 <= value < 1 if zero else 0 < value <= 1)):
+        raise expected(name, "a share in " + ("[0, 1)" if zero else "(0, 1]"), repr(value))
+
+
+def _sized(name: str, value, size: int, want: str) -> None:
+    if not isinstance(value, tuple) or len(value) != size:
+        raise expected(name, want, repr(value))
+
+
+def _names(name: str, value) -> None:
+    if not isinstance(value, tuple) or not all(isinstance(ending, str) for ending in value):
+        raise expected(name, "a tuple of name endings", repr(value))
+
+
+def _backend(value) -> None:
+    check_choice("backend", value, ("auto", *NAMES))
 
 
 @dataclass(frozen=True)
@@ -62,7 +84,8 @@ class SLA(_Config):
     backend: str = "auto"
 
     def __post_init__(self):
-        if isinstance(self.keep, int) and not isinstance(self.keep, bool):
+        super().__post_init__()
+        if isinstance(self.keep, int):
             check_int("keep", self.keep, low=1)
             share = 0.0
         else:
@@ -76,6 +99,10 @@ class SLA(_Config):
         check_choice("feature_map", self.feature_map, ("softmax", "elu", "relu"))
         check_choice("scope", self.scope, ("all", "complement", "marginal"))
         check_choice("linear", self.linear, ("proj", "alpha", "none"))
+        _sized("skip_layers", self.skip_layers, 2, "(first, last)")
+        for layers in self.skip_layers:
+            check_int("skip_layers", layers, low=0)
+        _backend(self.backend)
 
 
 @dataclass(frozen=True)
@@ -100,15 +127,21 @@ class VMoBA(_Config):
     backend: str = "auto"
 
     def __post_init__(self):
+        super().__post_init__()
         check_choice("select", self.select, ("topk", "threshold"))
         check_choice("pool", self.pool, ("query", "block", "head", "all"))
         if self.select == "topk" and self.pool == "block":
             raise expected("pool with select='topk'", "'query', 'head' or 'all'", "'block'")
+        if self.chunks is not None:
+            _sized("chunks", self.chunks, 3, "one each: temporal, spatial, spatio-temporal")
+        if isinstance(self.top_k, tuple):
+            _sized("top_k", self.top_k, 3, "a number, or one for each of the three partitions")
         for k in self.top_k if isinstance(self.top_k, tuple) else (self.top_k,):
             check_int("top_k", k, low=1)
         _share("threshold", self.threshold, zero=False)
         check_int("dense_layers", self.dense_layers, low=0)
         _share("dense_steps", self.dense_steps, zero=True)
+        _backend(self.backend)
 
 
 @dataclass(frozen=True)
@@ -131,10 +164,16 @@ class SVDQuant(_Config):
     backend: str = "auto"
 
     def __post_init__(self):
+        super().__post_init__()
         check_int("rank", self.rank, low=0)
         check_choice("format", self.format, ("int4", "nvfp4"))
         check_choice("activation", self.activation, ("int8", "int4", "fp8", "none"))
+        if self.include is not None:
+            _names("include", self.include)
+        _names("exclude", self.exclude)
         check_int("iterations", self.iterations, low=1)
+        check_choice("smooth", self.smooth, (True, False))
+        _backend(self.backend)
 
 
 @dataclass(frozen=True)
@@ -160,13 +199,19 @@ class ParaTAA(_Config):
     backend: str = "auto"
 
     def __post_init__(self):
+        super().__post_init__()
         if self.window not in ("auto", None):
             check_int("window", self.window, low=1)
         if self.order is not None:
             check_int("order", self.order, low=1)
         check_int("memory", self.memory, low=1)
-        if not self.tolerance > 0:
-            raise expected("tolerance", "a positive number", self.tolerance)
+        if not (_is_number(self.tolerance) and self.tolerance > 0):
+            raise expected("tolerance", "a positive number", repr(self.tolerance))
         check_choice("criterion", self.criterion, ("step", "rms"))
         check_choice("predictor", self.predictor, ("velocity", "copy"))
+        if not (_is_number(self.ridge) and 0 <= self.ridge < math.inf):
+            raise expected("ridge", "a finite number >= 0", repr(self.ridge))
         check_choice("ridge_mode", self.ridge_mode, ("relative", "absolute"))
+        if self.max_iterations is not None:
+            check_int("max_iterations", self.max_iterations, low=1)
+        _backend(self.backend)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -29,7 +30,7 @@ def demo(args) -> int:
     if args.quick:
         scenes = [replace(scene, steps=min(scene.steps, 4)) for scene in scenes]
     curves = not args.quick and args.model is None
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=132)
     start = time.perf_counter()
     total = sum(len(scene.variants) for scene in scenes) + (len(scenes) if curves else 0)
     rows, sections = [], []
@@ -104,7 +105,7 @@ def _console_table(title: str, rows: list[Row]):
 
     table = Table(title=title, title_justify="left")
     for i, name in enumerate(HEADER):
-        table.add_column(name, justify="left" if i == 0 else "right")
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0)
     for row in rows:
         table.add_row(*_cells(row))
     return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 
 import torch
@@ -42,6 +43,7 @@ def apply(model: nn.Module, adapter: Adapter, config: SVDQuant, undo: UndoLog,
             except ValueError as error:
                 raise ValueError(f"linear: {name} [{linear.out_features}, {linear.in_features}]: {error}") from error
             parent, _, child = name.rpartition(".")
+            undo.call(functools.partial(_follow, linear, quantized))
             undo.set_module(model.get_submodule(parent), child, quantized)
             backend, reasons = backend_of(quantized)
             report.append(Replaced("linear", name, type(linear).__name__, type(quantized).__name__, backend, reasons))
@@ -113,6 +115,12 @@ def _quantized(linear: nn.Linear, config: SVDQuant, activations) -> nn.Module:
         return SVDQuantLinear(linear.in_features, linear.out_features, bias=linear.bias is not None, config=config,
                               device="meta", dtype=linear.weight.dtype).train(linear.training)
     return SVDQuantLinear.from_linear(linear, activations=activations, config=config).train(linear.training)
+
+
+def _follow(linear: nn.Linear, quantized: nn.Module) -> None:
+    """Move the linear that is put back to where the model has gone while it was replaced."""
+    if not (linear.weight.is_meta or quantized.qweight.is_meta):  # meta: no values here, or offloaded ones
+        linear.to(quantized.qweight.device)
 
 
 def backend_of(linear: nn.Module) -> tuple[str, tuple[str, ...]]:

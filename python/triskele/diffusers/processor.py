@@ -65,7 +65,8 @@ def key_mask_of(mask: torch.Tensor | None, batch: int, keys: int, dims: int) -> 
     """
     if mask is None:
         return None
-    if mask.dim() != dims or mask.shape[-1] != keys or mask.shape[0] not in (1, batch) \
+    rows = mask.shape[0]  # `not in (1, batch)` would be wrong for the symbolic sizes of torch.compile
+    if mask.dim() != dims or mask.shape[-1] != keys or (rows != 1 and rows != batch) \
             or any(size != 1 for size in mask.shape[1:-1]):
         want = f"[{batch}, {'1, ' * (dims - 2)}{keys}], one value a key"
         raise expected("attention_mask with sparse attention", want, list(mask.shape))

@@ -126,8 +126,7 @@ class Sampling:
         sigmas = None if sigmas is None else tuple(torch.as_tensor(sigmas).tolist())
         key = (eta, tuple(scheduler.timesteps.tolist()), sigmas)
         if self._system is None or self._system[0] != key:
-            with torch.random.fork_rng(devices=[]):    # probing draws noise: not out of the pipeline's generator
-                self._system = (key, TriangularSystem.from_scheduler(scheduler, eta=eta))
+            self._system = (key, TriangularSystem.from_scheduler(scheduler, eta=eta))
         return self._system[1]
 
 
@@ -163,8 +162,7 @@ def _refuse_scheduler(scheduler) -> None:
     if isinstance(getattr(scheduler, "timesteps", None), Timesteps):
         raise ValueError("sampler: the scheduler is under another live patch of ParaTAA; restore() that one first")
     shift = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting", False) else {}
-    with torch.random.fork_rng(devices=[]):
-        TriangularSystem.from_scheduler(scheduler, 4, **shift)
+    TriangularSystem.from_scheduler(scheduler, 4, **shift)
 
 
 def _backend_of(config: ParaTAA, denoiser: torch.nn.Module) -> tuple[str, tuple[str, ...]]:

@@ -46,10 +46,6 @@ class UndoLog:
         """The attention module's processor, whether it holds weights (a module) or not."""
         self.setattr(attention, "processor", processor)
 
-    def set_item(self, mapping: dict, key, value) -> None:
-        """`mapping[key] = value`."""
-        self._move(mapping, mapping, key, value)
-
     def register_hook(self, handle) -> None:
         """A handle with `.remove()`, as `register_forward_pre_hook` and its like return."""
         self.call(handle.remove)

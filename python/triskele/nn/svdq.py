@@ -18,6 +18,24 @@ _BUFFERS = ("qweight", "wscales", "lora_down", "lora_up", "smooth", "wtscale")
 STORAGE = torch.bfloat16  # of scales and factors: 16 bits, and the range of float32
 
 
+class _Dequantized(torch.Tensor):
+    """A tensor in every way but one: assigning to its `data` is an error.
+
+    That is how adapters merge themselves into a linear (`linear.weight.data += delta`); here they would be lost unsaid.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property
+    def data(self):
+        return super().data
+
+    @data.setter
+    def data(self, _value):
+        raise RuntimeError("SVDQuantLinear.weight: nothing can be merged into a 4-bit weight; keep the adapter beside "
+                           "it, or fuse it before quantizing")
+
+
 class SVDQuantLinear(nn.Linear):
     """y = quant(x / smooth) R^T + (x lora_down^T) lora_up^T + bias, the 4-bit form of y = x W^T + bias.
 
@@ -28,7 +46,7 @@ class SVDQuantLinear(nn.Linear):
     - `.to(dtype)`, `.half()` and their like cast the bias alone. Scales and factors keep the dtype that they were made
       in (bfloat16, so that a loader that does cast them to bfloat16 changes nothing); the result has x's dtype.
     - `weight` is a property: the dequantized weight, made anew at each access, for code that reads its dtype, device or
-      values. Writing into it changes nothing, and assigning to it is an error.
+      values. Assigning to it or to its `data` is an error (merging a LoRA, say); writing into it changes nothing.
     - It trains nothing but its bias; gradients pass through to x. `state_dict` round-trips, also into a module made on
       the meta device (`load_state_dict(..., assign=True)`, or `to_empty` first).
 
@@ -132,9 +150,11 @@ class SVDQuantLinear(nn.Linear):
         """R / smooth + lora_up lora_down in the module's dtype: [N, K], made anew at each access."""
         dtype = self.compute_dtype if self.bias is None else self.bias.dtype
         if self.qweight.is_meta:
-            return torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta")
-        residual = weight_float64(self.qweight, self.wscales, self.wtscale, self.in_features, self.format)
-        return (residual / self.smooth.double() + self.lora_up.double() @ self.lora_down.double()).to(dtype)
+            whole = torch.empty(self.out_features, self.in_features, device="meta")
+        else:
+            residual = weight_float64(self.qweight, self.wscales, self.wtscale, self.in_features, self.format)
+            whole = residual / self.smooth.double() + self.lora_up.double() @ self.lora_down.double()
+        return whole.to(dtype).as_subclass(_Dequantized)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if input.shape[-1] != self.in_features:

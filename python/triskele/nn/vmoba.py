@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from triskele.checks import check_int, expected
+from triskele.checks import check_int
 from triskele.configs import VMoBA
 from triskele.ops.vmoba import VMoBAPartition, vmoba_attention, vmoba_partition
 from triskele.ops.vmoba.partition import default_chunk
@@ -24,14 +24,12 @@ class VMoBAAttention(torch.nn.Module):
         layer_index: of the attention layer in its model, from 0. Layers below `config.dense_layers` stay dense.
 
     Raises:
-        ValueError: a layer_index below 0; chunks that are not three.
+        ValueError: a layer_index below 0.
     """
 
     def __init__(self, config: VMoBA, layer_index: int):
         super().__init__()
         check_int("layer_index", layer_index, low=0)
-        if config.chunks is not None and len(config.chunks) != len(KINDS):
-            raise expected("chunks", "three: temporal, spatial, spatio-temporal", repr(config.chunks))
         self.config = config
         self.layer_index = layer_index
         self.kind = layer_index % len(KINDS)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from triskele.checks import check_choice, check_int, check_shape, check_tensor, expected
-from triskele.quantize.formats import FORMATS, pack_nibbles, pad_columns, unpack_nibbles
+from triskele.quantize.formats import E4M3_MAX, FORMATS, pack_nibbles, pad_columns, unpack_nibbles
 from triskele.quantize.weight import SVDQWeight
 
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -133,6 +133,8 @@ def pack(codes, scales, lora_down=None, lora_up=None, smooth=None, bias=None, fo
     check_choice("format", format, FORMATS)
     check_choice("dtype", dtype, _DTYPES)
     check_tensor("codes", codes, dim=2)
+    if codes.is_meta:
+        raise expected("codes", "a tensor with data", "one on the meta device")
     if codes.dtype.is_floating_point or codes.dtype == torch.bool:
         raise expected("codes", "an integer dtype", codes.dtype)
     n, k = codes.shape
@@ -152,6 +154,8 @@ def pack(codes, scales, lora_down=None, lora_up=None, smooth=None, bias=None, fo
         if given != -(-k // 16) and (given % 4 or not columns - 128 < 16 * given <= columns):
             raise expected("scales", f"shape [{n}, {-(-k // 16)}]", list(scales.shape))
         _check_zero_beyond(codes, given)
+        if not bool((scales.float().abs() <= E4M3_MAX).all()):  # the cast would make 448 of infinity
+            raise expected("scales with format='nvfp4'", f"values of at most {E4M3_MAX:g}", "larger ones or NaN")
         stored = _stored("scales", scales, (n, None), torch.float8_e4m3fn).float()  # F.pad knows no float8
         padded = _pad(stored, rows, _up(given, 4), 1).to(torch.float8_e4m3fn)
         packed["wscales"] = _to_scales_nvfp4(padded)
@@ -183,6 +187,12 @@ def pack(codes, scales, lora_down=None, lora_up=None, smooth=None, bias=None, fo
     return {name: tensor.contiguous() for name, tensor in packed.items()}
 
 
+def _what(value) -> str:
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return f"{value.layout} on {value.device}"
+
+
 def _named(d) -> dict[str, torch.Tensor]:
     """The tensors under the names of the first naming; both namings are read."""
     if not hasattr(d, "items"):
@@ -194,8 +204,8 @@ def _named(d) -> dict[str, torch.Tensor]:
             raise expected("checkpoint layer", f"names among {(*_NAMES, *_SECOND_NAMING)}", repr(key))
         if name in out:
             raise expected("checkpoint layer", f"{name} once", "it under both of its names")
-        if not isinstance(tensor, torch.Tensor) or tensor.is_meta:
-            raise expected(name, "a tensor with data", type(tensor).__name__)
+        if not isinstance(tensor, torch.Tensor) or tensor.is_meta or tensor.layout != torch.strided:
+            raise expected(name, "a dense tensor with data", _what(tensor))
         out[name] = tensor
     for name in ("qweight", "wscales"):
         if name not in out:
@@ -239,6 +249,8 @@ def unpack(d, shape=None, rank=None, format=None) -> dict:
     rows, columns = qweight.shape[0], qweight.shape[1] * 2
     if rows == 0 or columns == 0 or rows % 128 or columns % 128:
         raise expected("qweight", "shape [N, K/2] with N and K multiples of 128", list(qweight.shape))
+    if shape is not None and (not isinstance(shape, (tuple, list)) or len(shape) != 2):
+        raise expected("shape", "(N, K)", shape)
     n, k = (rows, columns) if shape is None else shape
     check_int("shape[0]", n, low=1, high=rows)
     check_int("shape[1]", k, low=1, high=columns)
@@ -264,14 +276,16 @@ def unpack(d, shape=None, rank=None, format=None) -> dict:
 
     if ("lora_down" in d) != ("lora_up" in d):
         raise expected("checkpoint layer", "lora_down and lora_up, or neither", "one of them")
-    if "lora_down" in d and d["lora_down"].numel():
+    if "lora_down" in d and (d["lora_down"].numel() or d["lora_up"].numel()):
         padded = d["lora_down"].numel() // columns
         if padded % 16:
             raise expected("lora_down", f"[{columns}, r] with r a multiple of 16", list(d["lora_down"].shape))
         down = _from_lora_down(_float16("lora_down", d["lora_down"], (columns, padded)))
         up = _from_lora_up(_float16("lora_up", d["lora_up"], (rows, padded)))
         rank = padded if rank is None else rank
-        check_int("rank", rank, low=0, high=padded)
+        check_int("rank", rank, low=1, high=padded)
+        if _up(rank, 16) != padded:
+            raise expected("rank", f"one that pads to {padded}", rank)
         out["lora_down"], out["lora_up"] = down[:rank, :k], up[:n, :rank]
     elif rank:
         raise expected("rank", "0: the layer has no factors", rank)

@@ -29,7 +29,8 @@ class Calibration:
 
 
 def _finite(name: str, tensor: torch.Tensor) -> None:
-    if not bool(torch.isfinite(tensor).all()):
+    values = tensor.float() if tensor.element_size() == 1 else tensor  # no isfinite in float8
+    if not bool(torch.isfinite(values).all()):
         raise expected(name, "finite values", "NaN or infinity")
 
 
@@ -70,13 +71,17 @@ def svd_quantize(weight, activations=None, rank=32, group=64, format="int4", act
     check_choice("activation", activation, ACTIVATIONS)
     check_int("iterations", 1 if iterations is None else iterations, low=1)
     dtype = _storage_dtype(weight, dtype)
+    if weight.is_meta:
+        raise expected("weight", "a tensor with data", "one on the meta device")
+    weight = weight.detach()
     _finite("weight", weight)
     compute = torch.float64 if weight.numel() <= _FLOAT64_UP_TO else torch.float32
-    weight = weight.detach().to(compute)
+    weight = weight.to(compute)
     x = None
     if activations is not None:
         check_tensor("activations", activations, floating=True)
-        check_shape("activations", activations.reshape(-1, activations.shape[-1]), (None, k))
+        if activations.dim() == 0 or activations.shape[-1] != k:
+            raise expected("activations", f"shape [..., {k}]", list(activations.shape))
         x = activations.detach().reshape(-1, k).to(weight.device, compute)
         _finite("activations", x)
         if x.shape[0] == 0:

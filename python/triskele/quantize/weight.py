@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from triskele.checks import check_choice, check_shape, check_tensor, expected
+from triskele.checks import check_choice, check_same, check_shape, check_tensor, expected
 from triskele.quantize.formats import ACTIVATIONS, FORMATS, dequantize, group_size, unpack_nibbles
 
 
@@ -67,11 +67,12 @@ class SVDQWeight:
             check_tensor("wtscale", self.wtscale, dim=1, floating=True)
             if self.wtscale.shape[0] not in (1, n):
                 raise expected("wtscale", f"shape [1] or [{n}]", list(self.wtscale.shape))
-            _check_finite("wtscale", self.wtscale)
         if not 0 <= self.shift < float("inf"):
             raise expected("shift", "a finite number >= 0", self.shift)
-        for name in ("wscales", "lora_down", "lora_up", "smooth"):
-            _check_finite(name, getattr(self, name))
+        for name in ("wscales", "lora_down", "lora_up", "smooth", "wtscale"):
+            if getattr(self, name) is not None:
+                check_same(name, getattr(self, name), self.qweight, "qweight", dtype=False)
+                _check_finite(name, getattr(self, name))
         if not self.smooth.is_meta and bool((self.smooth <= 0).any()):
             raise expected("smooth", "positive values", float(self.smooth.min()))
 

@@ -45,6 +45,7 @@ class _InFloat64(TorchFunctionMode):
         return out
 
 
+@torch.random.fork_rng(devices=[])  # a step draws noise: not from the caller's generator
 def probe(scheduler, num_steps, eta, set_timesteps: dict) -> dict:
     """Arguments for `TriangularSystem`."""
     name = type(scheduler).__name__

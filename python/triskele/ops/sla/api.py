@@ -35,9 +35,13 @@ def _check_mask(name: str, mask, k: Tensor) -> None:
     check_shape(name, mask, (k.shape[0], k.shape[2]))
 
 
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _block_count(name: str, value, blocks: int, *, zero: bool) -> int:
     """keep or drop -> a number of blocks."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not _is_number(value):
         raise expected(name, "a share" if zero else "a share or a number of blocks", repr(value))
     if isinstance(value, int) and not zero:
         check_int(name, value, low=1)
@@ -59,7 +63,8 @@ def _keep_mask(keep_keys, k: Tensor) -> Tensor | None:
             raise expected("keep_keys", "a bool tensor or a list of (start, stop)", repr(keep_keys))
         mask = torch.zeros(1, length, dtype=torch.bool, device=k.device)
         for pair in keep_keys:
-            if not isinstance(pair, Sequence) or len(pair) != 2 or not 0 <= pair[0] <= pair[1] <= length:
+            whole = isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(at, int) for at in pair)
+            if not whole or not 0 <= pair[0] <= pair[1] <= length:
                 raise expected("keep_keys", f"pairs (start, stop) within 0..{length}", repr(pair))
             mask[:, pair[0]:pair[1]] = True
         return mask
@@ -189,7 +194,7 @@ def sparse_linear_attention(q: Tensor, k: Tensor, v: Tensor, map: Tensor, block_
         alpha = _expand_alpha(alpha, q, proj_weight)
     if key_mask is not None:
         _check_mask("key_mask", key_mask, k)
-    if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
+    if scale is not None and not (_is_number(scale) and math.isfinite(scale)):
         raise expected("scale", "a finite number or None", repr(scale))
     scale = head_dim ** -0.5 if scale is None else float(scale)
 
@@ -204,12 +209,13 @@ def sparse_linear_attention(q: Tensor, k: Tensor, v: Tensor, map: Tensor, block_
 def _expand_alpha(alpha, q: Tensor, proj_weight: Tensor | None) -> Tensor:
     if proj_weight is not None:
         raise expected("alpha", "None together with proj_weight", type(alpha).__name__)
-    if isinstance(alpha, (int, float)):
+    if _is_number(alpha):
         alpha = torch.tensor(float(alpha), device=q.device)
     check_tensor("alpha", alpha, floating=True)
     check_same("alpha", alpha, q, "q", dtype=False)
     shape = q.shape[:3]
-    fits = alpha.dim() <= 3 and all(a in (1, s) for a, s in zip(reversed(alpha.shape), reversed(shape)))
+    # (`a in (1, s)` would be False for the symbolic sizes of torch.compile)
+    fits = alpha.dim() <= 3 and all(a == 1 or a == s for a, s in zip(reversed(alpha.shape), reversed(shape)))
     if not fits:
         raise expected("alpha", f"broadcastable to {list(shape)}", f"shape {list(alpha.shape)}")
     return alpha.expand(shape)

@@ -16,10 +16,15 @@ from triskele.ops.sla import backends  # noqa: F401  enters the tables
 from triskele.ops.sla.reference import Settings
 
 
+def _fitting(block: int, x: Tensor) -> int:
+    """A block that is longer than the sequence is the whole sequence; the backends need not handle (or pad to) more."""
+    return min(block, max(1, x.shape[2]))
+
+
 @torch.library.custom_op("triskele::sla_route", mutates_args=())
 def sla_route(q: Tensor, k: Tensor, n_keep: int, n_drop: int, block_q: int, block_k: int, keep_keys: Tensor | None,
               key_mask: Tensor | None, backend: str) -> Tensor:
-    inputs = (q, k, n_keep, n_drop, block_q, block_k, keep_keys, key_mask)
+    inputs = (q, k, n_keep, n_drop, _fitting(block_q, q), _fitting(block_k, k), keep_keys, key_mask)
     return select("sla.route", *inputs, backend=backend).run(*inputs)
 
 
@@ -35,7 +40,7 @@ def sla_attention(q: Tensor, k: Tensor, v: Tensor, block_map: Tensor, proj_weigh
                   feature_map: str, scope: str, scale: float, parts: bool,
                   backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs = (q, k, v, block_map, proj_weight, proj_bias, alpha, key_mask,
-              Settings(block_q, block_k, feature_map, scope, scale), parts)
+              Settings(_fitting(block_q, q), _fitting(block_k, k), feature_map, scope, scale), parts)
     return select("sla.forward", *inputs, backend=backend).run(*inputs)
 
 
@@ -52,7 +57,7 @@ def sla_backward(q: Tensor, k: Tensor, v: Tensor, block_map: Tensor, o_sparse: T
                  block_q: int, block_k: int, feature_map: str, scope: str, scale: float,
                  backend: str) -> tuple[Tensor, Tensor, Tensor]:
     inputs = (q, k, v, block_map, o_sparse, o_linear, lse, d_sparse, d_linear, d_lse, key_mask,
-              Settings(block_q, block_k, feature_map, scope, scale))
+              Settings(_fitting(block_q, q), _fitting(block_k, k), feature_map, scope, scale))
     return select("sla.backward", *inputs, backend=backend).run(*inputs)
 
 

@@ -1,8 +1,7 @@
 """Sparse-linear attention and its block routing in plain torch, float64: the truth that every kernel is held to.
 
 Dense formulas with masks, a few query rows at a time, so that a few thousand tokens need no quadratic memory. The
-backward is written out rather than left to autograd. `compute` is the precision of the arithmetic: float64 is the
-truth, the input's own dtype gives the error that a kernel of that precision may have.
+backward is written out rather than left to autograd.
 """
 
 from __future__ import annotations
@@ -120,13 +119,20 @@ def _scores(q, k, critical, scale) -> Tensor:
     return (scale * q @ k.mT).masked_fill(~critical, -torch.inf)
 
 
+def _softmax(scores, critical) -> tuple[Tensor, Tensor]:
+    """(weights, lse); a row without keys has the weights 0, not NaN."""
+    lse = scores.logsumexp(-1)
+    return torch.where(critical, scores - lse[..., None], -torch.inf).exp(), lse
+
+
 def _divide(x: Tensor, n: Tensor) -> Tensor:
     """x / n, zero where n is."""
     return torch.where(n == 0, 0, x / torch.where(n == 0, 1, n))
 
 
 def branches(q, k, v, block_map, key_mask, settings: Settings, linear=True, compute=torch.float64):
-    """(o_sparse, o_linear or None, lse [B, H, Lq]) in the precision of the arithmetic.
+    """(o_sparse, o_linear or None, lse [B, H, Lq]) in the precision of the arithmetic, `compute`: float64 is the truth,
+    the input's own dtype gives the error that a kernel of that precision may have.
 
     o_sparse = softmax over critical keys of (scale q k^T) v; o_linear = phi(q) H / (phi(q) Z + eps), with H and Z the
     sums of phi(k)^T v and phi(k) over the scope's keys.
@@ -136,9 +142,7 @@ def branches(q, k, v, block_map, key_mask, settings: Settings, linear=True, comp
     o_linear = torch.zeros_like(q) if linear else None
     phi_q, phi_k = feature(q, settings.feature_map), feature(k, settings.feature_map)
     for rows, critical, covered in _Rows(q, k, block_map, key_mask, settings):
-        s = _scores(q[:, :, rows], k, critical, settings.scale)
-        lse[:, :, rows] = s.logsumexp(-1)
-        p = torch.where(critical, s - lse[:, :, rows, None], -torch.inf).exp()  # a row without keys: zeros, not NaN
+        p, lse[:, :, rows] = _softmax(_scores(q[:, :, rows], k, critical, settings.scale), critical)
         o_sparse[:, :, rows] = p @ v
         if linear:
             a = torch.where(covered, phi_q[:, :, rows] @ phi_k.mT, 0)
@@ -147,20 +151,20 @@ def branches(q, k, v, block_map, key_mask, settings: Settings, linear=True, comp
     return o_sparse, o_linear, lse
 
 
-def forward(q, k, v, block_map, weight, bias, alpha, key_mask, settings: Settings, parts: bool, compute=torch.float64):
+def forward(q, k, v, block_map, weight, bias, alpha, key_mask, settings: Settings, parts: bool):
     """(o, o_sparse, o_linear, lse) in q's dtype, lse in float32; the two middle ones empty unless `parts`.
 
     o = o_sparse; with a projection + o_linear W^T + b; with alpha instead alpha o_sparse + (1 - alpha) o_linear.
     """
     linear = parts or weight is not None or alpha is not None
-    o_sparse, o_linear, lse = branches(q, k, v, block_map, key_mask, settings, linear, compute)
+    o_sparse, o_linear, lse = branches(q, k, v, block_map, key_mask, settings, linear)
     o = o_sparse
     if weight is not None:
-        o = o_sparse + o_linear @ weight.to(compute).mT
+        o = o_sparse + o_linear @ weight.double().mT
         if bias is not None:
-            o = o + bias.to(compute)
+            o = o + bias.double()
     elif alpha is not None:
-        mix = alpha.to(compute)[..., None]
+        mix = alpha.double()[..., None]
         o = mix * o_sparse + (1 - mix) * o_linear
     kept = (o_sparse, o_linear) if parts else (o.new_empty(0), o.new_empty(0))
     copies = [x.to(q.dtype, copy=True) for x in (o, *kept)]
@@ -169,43 +173,45 @@ def forward(q, k, v, block_map, weight, bias, alpha, key_mask, settings: Setting
 
 # ------------------------------------------------------------------------------------------------ backward
 
-def backward(q, k, v, block_map, o_sparse, o_linear, lse, d_sparse, d_linear, d_lse, key_mask, settings: Settings,
-             compute=torch.float64):
+def backward(q, k, v, block_map, _o_sparse, _o_linear, _lse, d_sparse, d_linear, d_lse, key_mask, settings: Settings):
     """(dq, dk, dv) from the gradients of o_sparse, o_linear (None: no linear branch) and lse (None: zero).
 
-    P = exp(S - L), dS = P (dO_s V^T - D_s + dL), D_s = rowsum(dO_s O_s); with A = phi(q) phi(k)^T over the scope's keys
-    and n its row sums + eps: dA = (dO_l V^T - D_l) / n, D_l = rowsum(dO_l O_l), dphi(q) = dA phi(k),
-    dphi(k) = dA^T phi(q), dv = P^T dO_s + A^T (dO_l / n).
+    P = exp(S - L), dS = P (dP - rowsum(P dP) + dL), dP = dO_s V^T; with A = phi(q) phi(k)^T over the scope's keys and n
+    its row sums + eps: dA = (dO_l V^T - rowsum(A dO_l V^T) / n) / n, dphi(q) = dA phi(k), dphi(k) = dA^T phi(q),
+    dv = P^T dO_s + A^T (dO_l / n).
+
+    P and A are computed anew, and the rows' sums with them: the saved outputs are rounded to the input's dtype, lse to
+    float32, and would be the least exact numbers here.
     """
-    dtype, visible = q.dtype, key_mask
-    q, k, v = q.to(compute), _hide(k, key_mask, compute), _hide(v, key_mask, compute)
-    lse, d_sparse = lse.to(compute)[..., None], d_sparse.to(compute)
-    offset = (d_sparse * o_sparse.to(compute)).sum(-1, keepdim=True)  # D_s - dL
-    if d_lse is not None:
-        offset = offset - d_lse.to(compute)[..., None]
+    dtype = q.dtype
+    q, k, v = q.double(), _hide(k, key_mask, torch.float64), _hide(v, key_mask, torch.float64)
+    d_sparse = d_sparse.double()
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     if d_linear is not None:
-        d_linear = d_linear.to(compute)
-        d_rows = (d_linear * o_linear.to(compute)).sum(-1, keepdim=True)
+        d_linear = d_linear.double()
         phi_q, phi_k = feature(q, settings.feature_map), feature(k, settings.feature_map)
         d_phi_q, d_phi_k = torch.zeros_like(q), torch.zeros_like(k)
     for rows, critical, covered in _Rows(q, k, block_map, key_mask, settings):
-        s = _scores(q[:, :, rows], k, critical, settings.scale)
-        p = torch.where(critical, s - lse[:, :, rows], -torch.inf).exp()
-        ds = p * (d_sparse[:, :, rows] @ v.mT - offset[:, :, rows])
+        p = _softmax(_scores(q[:, :, rows], k, critical, settings.scale), critical)[0]
+        dp = d_sparse[:, :, rows] @ v.mT
+        offset = (p * dp).sum(-1, keepdim=True)
+        if d_lse is not None:
+            offset = offset - d_lse[:, :, rows, None].double()
+        ds = p * (dp - offset)
         dq[:, :, rows] = settings.scale * ds @ k
         dk += settings.scale * ds.mT @ q[:, :, rows]
         dv += p.mT @ d_sparse[:, :, rows]
         if d_linear is not None:
             a = torch.where(covered, phi_q[:, :, rows] @ phi_k.mT, 0)
             n = a.sum(-1, keepdim=True) + EPS[settings.scope]
-            da = torch.where(covered, _divide(d_linear[:, :, rows] @ v.mT - d_rows[:, :, rows], n), 0)
+            da = d_linear[:, :, rows] @ v.mT
+            da = torch.where(covered, _divide(da - _divide((a * da).sum(-1, keepdim=True), n), n), 0)
             d_phi_q[:, :, rows] = da @ phi_k
             d_phi_k += da.mT @ phi_q[:, :, rows]
             dv += a.mT @ _divide(d_linear[:, :, rows], n)
     if d_linear is not None:
         dq += feature_backward(q, phi_q, d_phi_q, settings.feature_map)
         dk += feature_backward(k, phi_k, d_phi_k, settings.feature_map)
-    if visible is not None:
-        dk, dv = (x.masked_fill(~visible[:, None, :, None], 0) for x in (dk, dv))
+    if key_mask is not None:
+        dk, dv = (x.masked_fill(~key_mask[:, None, :, None], 0) for x in (dk, dv))
     return dq.to(dtype), dk.to(dtype), dv.to(dtype)

@@ -74,7 +74,7 @@ def vmoba_partition(grid: tuple[int, int, int], chunk) -> VMoBAPartition:
     """
     t, h, w = _check_grid(grid)
     if isinstance(chunk, (int, float)) and not isinstance(chunk, bool):
-        length = _frames_to_tokens(chunk, h * w)
+        length = _frames_to_tokens(chunk, t, h * w)
         total = t * h * w
         order = torch.arange(total)
         starts = torch.arange(-(-total // length) + 1) * length
@@ -139,10 +139,10 @@ def _check_chunk(chunk) -> tuple[int, ...]:
     return tuple(chunk)
 
 
-def _frames_to_tokens(frames: float, per_frame: int) -> int:
-    if not (math.isfinite(frames) and frames > 0):
+def _frames_to_tokens(frames: float, all_frames: int, per_frame: int) -> int:
+    if not 0 < frames < math.inf:
         raise expected("chunk", "a positive number of frames", repr(frames))
-    length = math.floor(frames * per_frame + 1e-6)  # 0.29 frames of 100 tokens are 29, not 28.999...
+    length = math.floor(min(frames, all_frames) * per_frame + 1e-6)  # 0.29 frames of 100 tokens are 29, not 28.999...
     if length < 1:
         raise expected("chunk", f"at least one token (1/{per_frame} of a frame)", repr(frames))
     return length
