@@ -30,10 +30,20 @@ def demo_table(record: dict, scene: str) -> str:
         note = f" ({row['note']})" if row["note"] and row["note"] not in row["name"] else ""
         lines.append(f"| {row['name']}{note} | {row['seconds']:.2f} | {row['ratio']:.2f}× | {row['weight_mb']:.2f} | "
                      f"{row['rounds']} | {row['rows']} | {quality} | {row['ssim']:.3f} | {recognised} |")
+    return "\n".join([*lines, "", _where(record)])
+
+
+def distill_table(record: dict) -> str:
+    """PSNR to the teacher after each stage of a distillation."""
+    lines = ["| | PSNR to the teacher, dB |", "|---|--:|"]
+    lines += [f"| {stage} | {value:.1f} |" for stage, value in record["psnr"].items()]
+    return "\n".join([*lines, "", _where(record)])
+
+
+def _where(record: dict) -> str:
     machine = record["machine"]
-    lines += ["", f"<sub>{machine.get('gpu', machine['cpu'])}, {machine['cores']} threads, torch {machine['torch']}, "
-                  f"kernels {machine['kernel_level']}, commit {machine['commit']}, {record['when'][:10]}</sub>"]
-    return "\n".join(lines)
+    return (f"<sub>{machine.get('gpu', machine['cpu'])}, {machine['cores']} threads, torch {machine['torch']}, "
+            f"kernels {machine['kernel_level']}, commit {machine['commit']}, {record['when'][:10]}</sub>")
 
 
 def rendered(text: str) -> str:
@@ -45,7 +55,8 @@ def rendered(text: str) -> str:
         if record.get("quick"):
             raise ValueError(f"{match['path']} is a quick check, not a measurement")
         opening = match[0].split("\n", 1)[0]
-        return f"{opening}\n{demo_table(record, match['scene'])}\n<!-- end -->"
+        table = distill_table(record) if record["kind"] == "distill" else demo_table(record, match["scene"])
+        return f"{opening}\n{table}\n<!-- end -->"
 
     return MARK.sub(table, text)
 

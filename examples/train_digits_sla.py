@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import triskele as tk
-from triskele import digits
+from triskele import digits, machine
 from triskele.digits.data import NATIVE_FRAMES, VideoSampler
 from triskele.digits.prompts import NULL_CLASS, embed_labels
 from triskele.finetune import Stage, distill_attention, teacher_of
@@ -89,7 +90,9 @@ def main() -> None:
     forget_paths(Path(args.out))
     work = Path(args.work)
     work.mkdir(parents=True, exist_ok=True)
-    (work / "quality.json").write_text(json.dumps({"arguments": vars(args), "psnr": quality}, indent=1))
+    record = {"kind": "distill", "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+              "machine": machine.describe(), "arguments": vars(args), "psnr": quality}
+    (work / "distill.json").write_text(json.dumps(record, indent=1))
     plot(losses, args.projection_steps, work / "loss.png")
     print(f"wrote {args.out}")
 
