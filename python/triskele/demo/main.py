@@ -23,11 +23,13 @@ HEADER = ["", "seconds", "ratio", "weights, MB", "rounds", "denoiser rows", "PSN
 
 def demo(args) -> int:
     """Runs what the arguments of cli.py ask for. Returns the exit code."""
+    from diffusers.utils import logging as diffusers_logging
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     out = Path(args.out)
     logging.getLogger("triskele").setLevel(logging.ERROR)  # "sequential is faster here" is what the table is about
+    diffusers_logging.disable_progress_bar()  # of loading: one bar is enough
     scenes = _scenes(args)
     if args.quick:
         scenes = [replace(scene, steps=min(scene.steps, 4)) for scene in scenes]
