@@ -19,7 +19,7 @@ th{font-weight:600;color:var(--muted);text-align:right;padding:6px 10px;border-b
 td{text-align:right;padding:6px 10px;border-bottom:1px solid var(--line)}
 th:first-child,td:first-child{text-align:left}tr:first-child td{background:var(--panel)}
 .faster{color:var(--good);font-weight:600}.slower{color:var(--bad);font-weight:600}
-.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(330px,1fr));gap:18px}
+.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(330px,1fr));gap:18px;align-items:start}
 figure{margin:0;padding:14px;background:var(--panel);border:1px solid var(--line);border-radius:10px}
 figure img{width:100%;display:block;border-radius:4px}figure.sharp img{image-rendering:pixelated}
 figcaption{font-size:13px;color:var(--muted);margin-top:8px}figcaption b{color:var(--ink)}

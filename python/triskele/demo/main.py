@@ -55,6 +55,7 @@ def demo(args) -> int:
             if curves:
                 progress(f"{scene.key}: quality curves")
                 _add_curves(scene, sections[-1], args.seed, lambda text: bar.update(task, description=text))
+            _add_strip(sections[-1], found)
         bar.update(task, description="done", completed=total)
     record = {"kind": "demo", "when": datetime.now(timezone.utc).isoformat(timespec="seconds"), "seed": args.seed,
               "quick": args.quick, "machine": machine.describe(), "rows": [row.to_record() for row in rows]}
@@ -137,9 +138,10 @@ def _scene_section(scene, rows: list[Row]) -> report.Section:
         text += (" Parallel sampling trades more rows for fewer rounds: on a processor that one row already fills, "
                  "as here, it is slower; it pays where one row leaves the device idle.")
     section = report.Section(scene.title, text, [(HEADER, cells)], pictures)
-    for row in rows:
-        if row.history:
-            _add_sampling(scene, section, row)
+    histories = {row.name: row.history for row in rows if row.history}
+    if histories:
+        section.pictures.append(report.Picture(
+            plots.convergence(histories, scene.steps), "Convergence", "of the first sample's parallel sampling"))
     section.details = [(f"what was replaced: {row.name}", row.summary) for row in rows if row.summary]
     return section
 
@@ -156,16 +158,17 @@ def _write_overview(path: Path, scene, rows: list[Row]) -> None:
     plots.overview(scene.title, lines, path)
 
 
-def _add_sampling(scene, section: report.Section, row: Row) -> None:
-    section.pictures.append(report.Picture(
-        plots.convergence({row.name: row.history}, scene.steps), "Convergence", f"{row.name}, first sample"))
+def _add_strip(section: report.Section, rows: list[Row]) -> None:
+    """The sample after some rounds of the first parallel run: how it comes out of the noise."""
+    row = next((row for row in rows if any(h.get("sample") is not None for h in row.history)), None)
+    if row is None:
+        return
     states = [h["sample"] for h in row.history if h.get("sample") is not None]
-    if states:
-        picked = [states[i] for i in np.unique(np.linspace(0, len(states) - 1, 10).round().astype(int))]
-        stack = np.stack([_displayable(state) for state in picked])
-        section.pictures.append(report.Picture(
-            plots.image_sheet(stack, len(stack), 96), "The sample after each round",
-            f"{row.name}: state 0 of the first sample, rounds 1 to {len(states)}", sharp=True, wide=True))
+    picked = [states[i] for i in np.unique(np.linspace(0, len(states) - 1, 10).round().astype(int))]
+    stack = np.stack([_displayable(state) for state in picked])
+    section.pictures.append(report.Picture(
+        plots.image_sheet(stack, len(stack), 96), "The sample after each round",
+        f"{row.name}: state 0 of the first sample, rounds 1 to {len(states)}", sharp=True, wide=True))
 
 
 def _displayable(state) -> np.ndarray:
