@@ -40,6 +40,28 @@ def distill_table(record: dict) -> str:
     return "\n".join([*lines, "", _where(record)])
 
 
+def bench_table(record: dict) -> str:
+    """A row a case: our milliseconds, the floor, and the ratio to every peer (a target in brackets)."""
+    lines = ["| case | ms | floor, ms | of the floor | against the peers (target) |", "|---|--:|--:|--:|---|"]
+    for case in record["cases"]:
+        peers = ", ".join(
+            f"{ratio:.2f}× {name}" + (f" ({case['targets'][name]:g}×)" if name in case["targets"] else "")
+            for name, ratio in case["ratios"].items())
+        floor = max(case["floor"].values())
+        lines.append(f"| {case['name']} | {case['timings']['triskele']['median_ms']:.2f} | {floor:.2f} | "
+                     f"{case['of_floor']:.0%} | {peers} |")
+    absent = sorted({f"{name} ({why})" for case in record["cases"] for name, why in case["absent"].items()})
+    ceilings = record["ceilings"]
+    lines += ["", f"Ceilings in the same run: copy {ceilings['copy_gb_s']:.1f} GB/s, float32 "
+                  f"{ceilings['float32_tflop_s']:.2f} TFLOP/s, bfloat16 {ceilings['bfloat16_tflop_s']:.2f} TFLOP/s.",
+              f"Absent peers: {', '.join(absent) or 'none'}.", "", _where(record)]
+    return "\n".join(lines)
+
+
+TABLES = {"demo": demo_table, "distill": lambda record, _: distill_table(record),
+          "bench": lambda record, _: bench_table(record)}
+
+
 def _where(record: dict) -> str:
     machine = record["machine"]
     return (f"<sub>{machine.get('gpu', machine['cpu'])}, {machine['cores']} threads, torch {machine['torch']}, "
@@ -55,8 +77,7 @@ def rendered(text: str) -> str:
         if record.get("quick"):
             raise ValueError(f"{match['path']} is a quick check, not a measurement")
         opening = match[0].split("\n", 1)[0]
-        table = distill_table(record) if record["kind"] == "distill" else demo_table(record, match["scene"])
-        return f"{opening}\n{table}\n<!-- end -->"
+        return f"{opening}\n{TABLES[record['kind']](record, match['scene'])}\n<!-- end -->"
 
     return MARK.sub(table, text)
 

@@ -78,3 +78,26 @@ def test_every_case_states_its_work(bench):
     calls = registry.sla_forward(torch.float32, 1, 1, 256, 16, 0.5).make(torch.device("cpu"))
     assert calls.flops > 0 and calls.bytes > 0 and "sdpa" in calls.peers
     assert calls.ours().shape == (1, 1, 256, 16)
+
+
+def bench_record(ratio):
+    case = dict(name="op B1", group="op", dtype="float32", timings={"triskele": {"median_ms": 2.0}},
+                ratios={"sdpa": ratio}, targets={"sdpa": 10.0}, absent={"fla": "not importable"}, flops=1.0, bytes=1.0,
+                floor={"operations_ms": 1.0, "bytes_ms": 0.5}, of_floor=0.5)
+    ceilings = dict(copy_gb_s=10.0, float32_tflop_s=0.2, bfloat16_tflop_s=1.0)
+    return record() | {"kind": "bench", "cases": [case], "ceilings": ceilings}
+
+
+def test_bench_table_names_targets_floors_and_absent_peers(bench):
+    text = bench("render").bench_table(bench_record(8.126))
+    assert "| op B1 | 2.00 | 1.00 | 50% | 8.13× sdpa (10×) |" in text
+    assert "Absent peers: fla (not importable)." in text and "copy 10.0 GB/s" in text
+
+
+def test_compare_tells_what_got_slower(bench, tmp_path, capsys):
+    compare = bench("compare")
+    for name, ratio in (("a", 8.0), ("b", 7.5), ("c", 5.0)):
+        (tmp_path / name).write_text(json.dumps(bench_record(ratio)))
+    assert compare.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert compare.main([str(tmp_path / "a"), str(tmp_path / "c")]) == 1
+    assert "SLOWER" in capsys.readouterr().out
