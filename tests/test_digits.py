@@ -9,9 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("diffusers")
-
 from safetensors.torch import load_file, save_file
 
 from triskele import digits
@@ -41,7 +38,6 @@ def image_pipe():
 
 @pytest.fixture(scope="module")
 def video_pipe():
-    pytest.importorskip("transformers", reason="diffusers' WanPipeline needs transformers")
     pipe = load_video_pipeline()
     pipe.set_progress_bar_config(disable=True)
     return pipe
