@@ -1,6 +1,6 @@
 """Distil the video model's sparse attention from its dense teacher, by `triskele.finetune.distill_attention`.
 
-    python examples/train_digits_sla.py                    # about half an hour on 2 CPU cores
+    python examples/train_digits_sla.py                    # about ten minutes on 2 CPU cores
 
 Measures, on the same seeds, how far the sparse model's videos are from the teacher's before (training-free), after the
 projection alone, and after all weights. Writes a pipeline folder (default assets/digits-wan-sla) that
@@ -57,8 +57,8 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.15)
     parser.add_argument("--block-q", type=int, default=32)
     parser.add_argument("--block-k", type=int, default=32)
-    parser.add_argument("--projection-steps", type=int, default=60)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--projection-steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=320)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--seed", type=int, default=0)
