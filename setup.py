@@ -26,6 +26,8 @@ X86_LEVELS = {  # weakest first: the linker keeps the first copy of an inline fu
     "base": [],
     "avx2": ["-march=haswell"],
     "avx512": ["-march=x86-64-v4", "-mavx512vnni", "-mprefer-vector-width=512"],
+    "amx": ["-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16",
+            "-mprefer-vector-width=512"],
 }
 NVCC_TARGETS = {  # by file suffix; "sm80" also leaves PTX that newer chips translate
     "sm80": ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90",

@@ -94,7 +94,8 @@ def level_results():
 def test_every_instruction_set_gives_the_same_integers(tmp_path):
     assert not _native.cpu_library(), _native.cpu_library()
     best = _native.cpu_level()
-    levels = ["base", "avx2", "avx512"][:["base", "avx2", "avx512"].index(best) + 1]
+    levels = ["base", "avx2", "avx512", "amx"]
+    levels = levels[:levels.index(best) + 1]
     running = [subprocess.Popen(
         [sys.executable, "-c", LEVELS_SCRIPT, tmp_path / f"{level}.pt", os.path.dirname(__file__)],
         env={**os.environ, "TRISKELE_CPU_LEVEL": level, "OMP_NUM_THREADS": "1"}) for level in levels]
@@ -188,6 +189,16 @@ def test_same_bits_for_any_threads_and_any_batch():
     assert all(torch.equal(results[0], r) for r in results)
     for rows in (1, 2, 3, 7, 12, 13, 50):
         assert torch.equal(tk.ops.svdq_linear(x[-rows:], w, bias), results[0][-rows:]), rows
+
+
+@pytest.mark.parametrize("m, k, n, group", [(150, 3400, 300, 64), (1100, 192, 80, 64), (40, 6700, 70, 128)])
+def test_blocking_leaves_no_trace(m, k, n, group):
+    """Beyond every block of the kernels: a few tokens of a batch, which take the plainest path, have the same bits."""
+    w, x = make(k, n, 4, group=group), torch.randn(m, k)
+    y = tk.ops.svdq_linear(x, w)
+    assert relative_norm(y, tk.ops.svdq_linear(x.double(), w, backend="reference")) < 1e-5
+    for at in range(0, m, max(1, m // 40)):
+        assert torch.equal(tk.ops.svdq_linear(x[at:at + 3], w), y[at:at + 3]), at
 
 
 @pytest.mark.parametrize("activation", ["int8", "int4"])

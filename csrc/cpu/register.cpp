@@ -1,22 +1,45 @@
 // Chooses the instruction set when the library is loaded, and registers that level's kernels for the CPU.
-// TRISKELE_CPU_LEVEL=base|avx2|avx512 forces a lower level; a higher one than the CPU has is refused.
+// TRISKELE_CPU_LEVEL=base|avx2|avx512|amx forces a lower level; a higher one than the CPU has is refused.
 #include "cpu/level.h"
 
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 
+#if defined(__linux__) && defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace triskele {
 
-enum Level { kBase, kAvx2, kAvx512 };
-constexpr const char* kLevelNames[] = {"base", "avx2", "avx512"};
+enum Level { kBase, kAvx2, kAvx512, kAmx };
+constexpr const char* kLevelNames[] = {"base", "avx2", "avx512", "amx"};
+
+#if defined(__x86_64__)
+// The kernel keeps the 8 KiB of tile data only for processes that asked: until then a tile instruction is a fault. The
+// answer holds for every thread, also later ones; asking again is harmless.
+bool tiles_granted() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+bool has_amx() {
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
+         __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("avx512bf16") && tiles_granted();
+}
+#endif
 
 Level best_level() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512vnni"))
-    return kAvx512;
+    return has_amx() ? kAmx : kAvx512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) return kAvx2;
 #endif
   return kBase;
@@ -32,7 +55,7 @@ Level level(std::string* problem = nullptr) {
     if (std::string(forced) == kLevelNames[i]) return static_cast<Level>(i);
   if (problem != nullptr)
     *problem = "TRISKELE_CPU_LEVEL: expected a level up to '" + std::string(kLevelNames[best]) +
-               "' of base, avx2, avx512, got '" + forced + "'";
+               "' of base, avx2, avx512, amx, got '" + forced + "'";
   return best;
 }
 
@@ -54,6 +77,7 @@ STABLE_TORCH_LIBRARY_IMPL(triskele_native, CPU, m) {
 #define TRISKELE_REGISTER(family) register_##family(m);
   switch (triskele::level()) {
 #if defined(__x86_64__)
+    case triskele::kAmx: { using namespace triskele::amx; TRISKELE_FAMILIES(TRISKELE_REGISTER) break; }
     case triskele::kAvx512: { using namespace triskele::avx512; TRISKELE_FAMILIES(TRISKELE_REGISTER) break; }
     case triskele::kAvx2: { using namespace triskele::avx2; TRISKELE_FAMILIES(TRISKELE_REGISTER) break; }
 #endif

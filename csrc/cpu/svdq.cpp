@@ -5,15 +5,13 @@
 //
 // Integer sums are exact: unsigned bytes (weight code + offset, at most 24) times signed bytes (at most 127), so that
 // neither vpdpbusd nor vpmaddubsw can saturate; the offset is taken back with the group's sum of activation codes.
-// Every level gives the same integers. Each output element is computed by one thread in an order that depends on
-// nothing but K: the result is the same for any number of threads and any batch.
+// Where there are tile registers, many tokens take svdq_amx.h instead. Every level gives the same integers. Each output
+// element is computed by one thread in an order that depends on nothing but K: the result is the same for any number
+// of threads and any batch.
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <optional>
 #include <tuple>
 
@@ -27,17 +25,16 @@
 
 #include "check.h"
 #include "cpu/level.h"
-
-// Vectors wider than the level's registers are passed between functions of this file only, so no ABI is at stake.
-#pragma GCC diagnostic ignored "-Wpsabi"
+#include "cpu/svdq.h"
+#include "cpu/svdq_amx.h"
 
 namespace triskele::TRISKELE_LEVEL {
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using namespace svdq;
 
-constexpr int64_t kLanes = 16;      // output channels of one vector
 constexpr int64_t kPanel = 64;      // output channels unpacked at a time: their bytes stay in L2
 constexpr int64_t kDownRows = 8;    // tokens projected down together
 constexpr float kTiny = 1e-30f;     // a token whose maximum is below counts as zero
@@ -46,18 +43,6 @@ constexpr int kRows = 12;           // tokens of a register tile: 12 integer and
 #else
 constexpr int kRows = 4;
 #endif
-
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef float Floats __attribute__((vector_size(64)));
-
-template <class Vector, class T>
-inline Vector load(const T* p) {
-  Vector v;
-  std::memcpy(&v, p, sizeof(v));
-  return v;
-}
-
-inline Floats broadcast(float value) { return value - Floats{}; }  // x - 0 is x, also for -0: no addition is left
 
 // before[n] + sum over 4 bytes of unsigned weight[n] * signed activation: the one instruction that differs by level.
 inline Ints dot4(const Ints& before, const Ints& weight, int32_t activation) {
@@ -86,20 +71,6 @@ inline float bfloat16_to_float(uint16_t bits) {
   float value;
   std::memcpy(&value, &wide, 4);
   return value;
-}
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-template <class T>
-using Buffer = std::unique_ptr<T[], Free>;
-
-template <class T>
-Buffer<T> buffer(int64_t count) {  // aligned to a cache line
-  const size_t bytes = (static_cast<size_t>(std::max<int64_t>(count, 1)) * sizeof(T) + 63) / 64 * 64;
-  T* p = static_cast<T*>(std::aligned_alloc(64, bytes));
-  if (p == nullptr) throw std::bad_alloc();
-  return Buffer<T>(p);
 }
 
 // ---- kernel 1: quantize and project down -----------------------------------------------------------------------
@@ -221,93 +192,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> svdq_quantize(Tensor x, Tensor invers
 
 // ---- kernel 2: multiply, scale, project up, add the bias -------------------------------------------------------
 
-struct Gemm {
-  int64_t m, n, padded, groups, group, rank;
-  const int8_t* codes;      // [M, Kp]
-  const float* token_scales;
-  const int32_t* sums;      // [M, G]
-  const float* down;        // [M, r]
-  const uint8_t* qweight;   // [N, Kp/2]
-  const float* wscales;     // [N, G]
-  const float* lora_up_t;   // [r, N]
-  const float* bias;        // [N] or null
-  void* out;                // [M, N]
-  bool e2m1, narrow;        // values of the codes; bfloat16 output
-};
-
-// Weights of kPanel channels as the register tile reads them.
-struct Panel {
-  Buffer<uint32_t> words;   // [kPanel/16, Kp/4, 16]: 4 unsigned bytes (code + offset) of 16 channels
-  Buffer<float> scales;     // [kPanel/16, G, 16]
-  Buffer<float> up;         // [kPanel/16, r, 16]
-  Buffer<float> bias;       // [kPanel]
-};
-
-// Codes in the low nibbles of bytes -> bytes of code + 8 (two's complement) or 2 * e2m1 + 12.
-inline Ints offset_bytes(const Ints& nibbles, bool e2m1) {
-  typedef int8_t Bytes __attribute__((vector_size(64)));
-  const Bytes code = (Bytes)nibbles;
-  if (!e2m1) return (Ints)(code ^ 8);
-  const Bytes magnitude = code & 7, negative = code > 7;  // a comparison gives -1
-  const Bytes twice = magnitude - (magnitude > 4) - (magnitude > 5) - 3 * (magnitude > 6);  // 0 1 2 3 4 6 8 12
-  return (Ints)(((twice ^ negative) - negative) + 12);
-}
-
-// Channels beyond N repeat the last one: their results are not stored.
-void fill_panel(const Gemm& p, int64_t first, Panel& panel) {
-  const int64_t words_a_group = p.group / 8;  // packed; each gives 4 even and 4 odd columns
-  for (int64_t block = 0; block < kPanel / kLanes && first + block * kLanes < p.n; ++block) {
-    const uint8_t* rows[kLanes];
-    int64_t channel[kLanes];
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      channel[lane] = std::min(first + block * kLanes + lane, p.n - 1);
-      rows[lane] = p.qweight + channel[lane] * (p.padded / 2);
-    }
-    uint32_t* words = panel.words.get() + block * (p.padded / 4) * kLanes;
-    for (int64_t g = 0; g < p.groups; ++g) {
-      for (int64_t q = 0; q < words_a_group; ++q) {
-        Ints packed;
-#pragma GCC unroll 16
-        for (int64_t lane = 0; lane < kLanes; ++lane) {
-          int32_t word;
-          std::memcpy(&word, rows[lane] + (g * words_a_group + q) * 4, 4);
-          packed[lane] = word;
-        }
-        const Ints even = offset_bytes(packed & 0x0f0f0f0f, p.e2m1);
-        const Ints odd = offset_bytes((packed >> 4) & 0x0f0f0f0f, p.e2m1);
-        std::memcpy(words + (2 * g * words_a_group + q) * kLanes, &even, sizeof(Ints));
-        std::memcpy(words + ((2 * g + 1) * words_a_group + q) * kLanes, &odd, sizeof(Ints));
-      }
-    }
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      for (int64_t g = 0; g < p.groups; ++g)
-        panel.scales[(block * p.groups + g) * kLanes + lane] =
-            p.wscales[channel[lane] * p.groups + g] * (p.e2m1 ? 0.5f : 1.0f);
-      for (int64_t r = 0; r < p.rank; ++r)
-        panel.up[(block * p.rank + r) * kLanes + lane] = p.lora_up_t[r * p.n + channel[lane]];
-      panel.bias[block * kLanes + lane] = p.bias == nullptr ? 0.0f : p.bias[channel[lane]];
-    }
-  }
-}
-
-inline void store(const Gemm& p, int64_t row, int64_t column, const Floats& value) {
-  typedef uint16_t Halves __attribute__((vector_size(32)));
-  const int64_t at = row * p.n + column, count = std::min(kLanes, p.n - column);
-  if (p.narrow) {
-    const Ints bits = (Ints)value;  // to nearest, ties to even; NaN stays one
-    const Ints rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const Ints nan = (bits & 0x7fffffff) > 0x7f800000;
-    const Halves narrow = __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), Halves);
-    uint16_t* to = static_cast<uint16_t*>(p.out) + at;
-    if (count == kLanes) std::memcpy(to, &narrow, sizeof(narrow));
-    else std::memcpy(to, &narrow, count * 2);
-  } else {
-    float* to = static_cast<float*>(p.out) + at;
-    if (count == kLanes) std::memcpy(to, &value, sizeof(value));
-    else std::memcpy(to, &value, count * 4);
-  }
-}
-
 // y [Rows, 16] for `Rows` tokens from `row` on and the 16 channels of `block` in the panel.
 template <int Rows>
 void tile(const Gemm& p, const Panel& panel, int64_t block, int64_t row, int64_t first) {
@@ -337,18 +221,7 @@ void tile(const Gemm& p, const Panel& panel, int64_t block, int64_t row, int64_t
 #pragma GCC unroll 16
     for (int m = 0; m < Rows; ++m) y[m] += __builtin_convertvector(acc[m], Floats) * scale;
   }
-  const Floats bias = load<Floats>(panel.bias.get() + block * kLanes);
-  const float* up = panel.up.get() + block * p.rank * kLanes;
-  const float* down = p.down + row * p.rank;
-#pragma GCC unroll 16
-  for (int m = 0; m < Rows; ++m) y[m] = y[m] * broadcast(p.token_scales[row + m]) + bias;
-  for (int64_t r = 0; r < p.rank; ++r) {
-    const Floats column = load<Floats>(up + r * kLanes);
-#pragma GCC unroll 16
-    for (int m = 0; m < Rows; ++m) y[m] += broadcast(down[m * p.rank + r]) * column;
-  }
-#pragma GCC unroll 16
-  for (int m = 0; m < Rows; ++m) store(p, row + m, first + block * kLanes, y[m]);
+  finish<Rows>(p, panel, block, row, first, y);
 }
 
 void tiles(const Gemm& p, const Panel& panel, int64_t first, int64_t row, int64_t end) {
@@ -417,6 +290,12 @@ Tensor svdq_gemm(Tensor codes, Tensor token_scales, Tensor sums, Tensor down, Te
   Tensor out = torch::stable::new_empty(codes, {p.m, p.n}, narrow ? ScalarType::BFloat16 : ScalarType::Float);
   p.out = out.mutable_data_ptr();
   if (p.m == 0 || p.n == 0) return out;
+#if defined(__AMX_INT8__)
+  if (tiles_pay(p)) {
+    multiply_by_tiles(p);
+    return out;
+  }
+#endif
 
   // A task is one panel and a stretch of tokens; tokens are split only where the panels are too few for the threads.
   const int64_t panels = (p.n + kPanel - 1) / kPanel;
@@ -424,12 +303,14 @@ Tensor svdq_gemm(Tensor codes, Tensor token_scales, Tensor sums, Tensor down, Te
   const int64_t stretch = std::max<int64_t>(kRows, (p.m + wanted - 1) / wanted + kRows - 1) / kRows * kRows;
   const int64_t stretches = (p.m + stretch - 1) / stretch;
   torch::stable::parallel_for(0, panels * stretches, 1, [&](int64_t begin, int64_t end) {
-    Panel panel{buffer<uint32_t>(kPanel * p.padded / 4), buffer<float>(kPanel * p.groups),
-                buffer<float>(kPanel * p.rank), buffer<float>(kPanel)};
+    Panel panel = make_panel(p, kPanel, p.groups);
     int64_t filled = -1;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = task / stretches * kPanel, row = task % stretches * stretch;
-      if (filled != first) fill_panel(p, first, panel);
+      if (filled != first) {
+        fill_words<true>(p, first, 0, p.groups, panel);
+        fill_factors(p, first, panel);
+      }
       filled = first;
       tiles(p, panel, first, row, std::min(p.m, row + stretch));
     }

@@ -58,5 +58,5 @@ def triton_package() -> list[str]:
 
 
 def cpu_level() -> str | None:
-    """The instruction-set level that was chosen at load time ("base", "avx2", "avx512"); None without the library."""
+    """The instruction-set level chosen at load time ("base", "avx2", "avx512", "amx"); None without the library."""
     return None if cpu_library() else torch.ops.triskele_native.cpu_level()
