@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from triskele.diffusers.interface import Site
 from triskele.diffusers.processor import SparseProcessor, key_mask_of
 
 ORIGINALS = ("AttnProcessor2_0", "AttnProcessor", "FusedAttnProcessor2_0", "SlicedAttnProcessor",
@@ -43,3 +44,14 @@ class BasicSparseProcessor(SparseProcessor):
         if attn.residual_connection:
             o = o + residual
         return o / attn.rescale_output_factor
+
+
+def block_sites(model) -> list[Site]:
+    """The `attn1` of every transformer block, of models that are a plain stack of them (DiT, PixArt)."""
+    return [Site(f"transformer_blocks.{i}.attn1", i) for i in range(len(model.transformer_blocks))]
+
+
+def patch_grid(model, inputs) -> tuple[int, int, int]:
+    """(1, rows, columns) of tokens of a picture cut into square patches."""
+    height, width = inputs["hidden_states"].shape[-2:]
+    return 1, height // model.config.patch_size, width // model.config.patch_size
