@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup build demo test bench lint clean
+.PHONY: setup build demo test test-levels sanitize fuzz bench lint clean
 
 setup: $(VENV)/.ready
 
@@ -24,10 +24,22 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
-# Records go to bench/results/, tables into README.md and docs/.
+# The kernels' tests on each instruction-set level of this CPU; under AddressSanitizer and UBSan, on the plain level and
+# the best one; and 10^4 random calls against the float64 references. `make test` runs a part of each.
+test-levels: setup
+	$(BIN)/python tests/kernels.py levels -n auto
+
+sanitize: setup
+	$(BIN)/python tests/sanitize.py
+
+fuzz: setup
+	$(BIN)/python tests/fuzz.py --cases 10000 --seed 0 --minutes 8
+
+# About 15 minutes. Records go to bench/results/, tables and plots into README.md and docs/. A case that fails does not
+# stop the rest, only the exit status tells.
 bench: setup
-	$(BIN)/python bench/run.py
-	$(BIN)/python bench/render.py
+	status=0; $(BIN)/python bench/run.py --cases curves || status=1; \
+	$(BIN)/python bench/end_to_end.py || status=1; $(BIN)/python bench/render.py || status=1; exit $$status
 
 lint:
 	$(BIN)/ruff check .

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -28,36 +29,88 @@ class Timing:
         return cls(median, ordered[0], (middle[-1] - middle[0]) / median, len(ordered))
 
 
+@dataclass(frozen=True)
+class OnThreads:
+    """A call that is timed on so many of torch's threads."""
+
+    call: Callable[[], object]
+    threads: int
+
+    def __call__(self):
+        return self.call()
+
+
+@contextmanager
+def threads_of(call: Callable) -> Iterator[None]:
+    """torch's threads as the call asks for, if it does; set outside the timed part."""
+    if not isinstance(call, OnThreads):
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(call.threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def tensors_of(result) -> list[torch.Tensor]:
+    """The tensors in a call's result, however nested."""
+    if isinstance(result, torch.Tensor):
+        return [result]
+    return [t for part in result for t in tensors_of(part)] if isinstance(result, (tuple, list)) else []
+
+
+def poison(result) -> None:
+    """NaN over a result that is thrown away: the next call gets that memory, and has to write all of it."""
+    for tensor in tensors_of(result):
+        if tensor.is_floating_point():
+            tensor.detach().fill_(float("nan"))
+
+
 def once(call: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds of one call: device events on a GPU, the clock on the CPU."""
-    if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-    start = time.perf_counter()
-    call()
-    return (time.perf_counter() - start) * 1e3
+    """Milliseconds of one call: device events on a GPU, the clock on the CPU. Its result is poisoned afterwards."""
+    with threads_of(call):
+        if device.type == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            result = call()
+            end.record()
+            end.synchronize()
+            milliseconds = start.elapsed_time(end)
+        else:
+            begin = time.perf_counter()
+            result = call()
+            milliseconds = (time.perf_counter() - begin) * 1e3
+    poison(result)
+    return milliseconds
 
 
 def alternate(calls: dict[str, Callable[[], object]], device: torch.device, *, seconds: float = 4.0,
-              least: int = 5, most: int = 200) -> dict[str, Timing]:
-    """Time every call in turns, after one warm-up each, for about `seconds` in all.
+              least: int = 5, most: int = 200, warm: bool = False) -> dict[str, Timing]:
+    """Time every call in turns, after one warm-up each (unless they are `warm`), for about `seconds` in all.
 
-    Each call should rotate its own inputs (`rotating`), so that they do not sit in the cache.
+    At least `least` turns, or 3 once they have taken four times `seconds` (and four seconds). From the second turn on
+    a call that is much faster than the slowest one is timed a few times a turn. Each call should rotate its own inputs
+    (`rotating`), so that they do not sit in the cache.
     """
-    for call in calls.values():
-        call()
+    for call in () if warm else calls.values():
+        once(call, device)
     if device.type == "cuda":
         torch.cuda.synchronize()
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    end = time.perf_counter() + seconds
-    turns = 0
-    while turns < least or (time.perf_counter() < end and turns < most):
+    repeats = dict.fromkeys(calls, 1)
+    start, turns = time.perf_counter(), 0
+    while turns < most:
+        passed = time.perf_counter() - start
+        if (turns >= least and passed >= seconds) or (turns >= 3 and passed >= 4 * max(seconds, 1)):
+            break
         for name, call in calls.items():
-            samples[name].append(once(call, device))
+            samples[name] += [once(call, device) for _ in range(repeats[name])]
+        if turns == 0:
+            slowest = max(values[0] for values in samples.values())
+            if slowest > 1:
+                repeats = {name: min(5, max(1, int(slowest / 4 / values[0]))) for name, values in samples.items()}
         turns += 1
     return {name: Timing.of(values) for name, values in samples.items()}
 
@@ -74,8 +127,8 @@ def rotating(function: Callable, inputs: list[tuple]) -> Callable[[], object]:
     return call
 
 
-def ceilings(device: torch.device) -> dict[str, float]:
-    """What this machine reaches now: copy (read + write) in GB/s, matrix products in TFLOP/s on random data."""
+def ceilings(device: torch.device, seconds: float = 2.0) -> dict[str, float]:
+    """The best that this machine reaches now: copy (read + write) in GB/s, products in TFLOP/s on random data."""
     big = 1 << (26 if device.type == "cpu" else 29)
     source, target = torch.randn(big // 4, device=device), torch.empty(big // 4, device=device)
     size = 1024 if device.type == "cpu" else 8192
@@ -83,6 +136,8 @@ def ceilings(device: torch.device) -> dict[str, float]:
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         a, b = torch.randn(size, size, device=device).to(dtype), torch.randn(size, size, device=device).to(dtype)
         calls[name], work[name] = (lambda a=a, b=b: a @ b), 2 * size**3 / 1e12
-    found = alternate(calls, device, seconds=2.0)
-    units = {"copy": "copy_gb_s", "float32": "float32_tflop_s", "bfloat16": "bfloat16_tflop_s"}
-    return {units[name]: work[name] / (timing.median_ms / 1e3) for name, timing in found.items()}
+    c, d = (torch.randint(-127, 128, (size, size), dtype=torch.int8, device=device) for _ in range(2))
+    calls["int8"], work["int8"] = (lambda: torch._int_mm(c, d.t())), 2 * size**3 / 1e12
+    found = alternate(calls, device, seconds=seconds)
+    units = {"copy": "copy_gb_s"} | {name: f"{name}_tflop_s" for name in ("float32", "bfloat16", "int8")}
+    return {units[name]: work[name] / (timing.min_ms / 1e3) for name, timing in found.items()}

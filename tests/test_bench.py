@@ -1,4 +1,4 @@
-"""Records and the tables that are rendered from them."""
+"""Records and the pages that are rendered from them; timing; comparing."""
 
 import importlib
 import json
@@ -18,11 +18,13 @@ def bench():
     sys.path.remove(str(ROOT / "bench"))
 
 
+MACHINE = dict(cpu="A CPU", cores=2, torch="2.13", kernel_level="avx2", commit="abc", dirty=True)
+
+
 def record(**changes):
     row = dict(scene="video", name="plain", note="", seconds=2.0, ratio=1.0, weight_mb=3.25, rounds=20, rows=20,
                psnr=None, ssim=1.0, accuracy=0.9)
-    machine = dict(cpu="A CPU", cores=2, torch="2.13", kernel_level="avx2", commit="abc")
-    return dict(kind="demo", when="2026-01-02T03:04:05+00:00", machine=machine, rows=[row | changes])
+    return dict(kind="demo", when="2026-01-02T03:04:05+00:00", machine=MACHINE, rows=[row | changes])
 
 
 def test_table_says_what_the_record_says(bench):
@@ -37,8 +39,9 @@ def test_table_says_what_the_record_says(bench):
 def test_marked_tables_are_replaced_and_a_quick_check_is_no_record(bench, tmp_path, monkeypatch):
     render = bench("render")
     monkeypatch.setattr(render, "ROOT", tmp_path)
-    (tmp_path / "r.json").write_text(json.dumps(record()))
     text = "before\n<!-- record: r.json scene=video -->\nstale\n<!-- end -->\nafter"
+    assert render.NO_RECORD in render.rendered(text)
+    (tmp_path / "r.json").write_text(json.dumps(record()))
     new = render.rendered(text)
     assert "stale" not in new and "| plain |" in new and new.startswith("before\n") and new.endswith("after")
     assert render.rendered(new) == new
@@ -47,19 +50,20 @@ def test_marked_tables_are_replaced_and_a_quick_check_is_no_record(bench, tmp_pa
         render.rendered(text)
 
 
-def test_tables_in_the_repository_are_those_of_their_records(bench, monkeypatch):
-    render = bench("render")
-    monkeypatch.setattr(sys, "argv", ["render.py", "--check"])
-    assert render.main() == 0
+def test_tables_in_the_repository_are_those_of_their_records(bench):
+    assert bench("render").main(["--check"]) == 0
 
 
-def test_alternate_takes_turns(bench):
+def test_alternate_takes_turns_and_fast_calls_more_of_them(bench):
     timing = bench("timing")
     order = []
     found = timing.alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, torch.device("cpu"),
                              seconds=0.0, least=4)
     assert order == ["a", "b"] * 5  # a warm-up of each, then four turns
     assert found["a"].samples == 4 and found["a"].min_ms <= found["a"].median_ms
+    found = timing.alternate({"slow": lambda: timing.time.sleep(0.02), "fast": lambda: None}, torch.device("cpu"),
+                             seconds=0.0, least=3, warm=True)
+    assert found["slow"].samples == 3 and found["fast"].samples == 1 + 2 * 5
 
 
 def test_rotating_uses_every_set_of_inputs(bench):
@@ -71,27 +75,67 @@ def test_rotating_uses_every_set_of_inputs(bench):
     assert seen == [1, 2, 3, 1, 2]
 
 
-def test_every_case_states_its_work(bench):
-    registry = bench("registry")
-    names = [case.name for case in registry.cases("curves")]
-    assert len(names) == len(set(names)) and {c.group for c in registry.cases()} >= {"sla_forward", "svdq_linear"}
-    calls = registry.sla_forward(torch.float32, 1, 1, 256, 16, 0.5).make(torch.device("cpu"))
-    assert calls.flops > 0 and calls.bytes > 0 and "sdpa" in calls.peers
-    assert calls.ours().shape == (1, 1, 256, 16)
+def test_a_result_is_poisoned_after_it_is_timed(bench):
+    timing = bench("timing")
+    kept = torch.ones(4), [torch.ones(2, requires_grad=True), torch.ones(3, dtype=torch.int8)]
+    timing.once(lambda: kept, torch.device("cpu"))
+    assert kept[0].isnan().all() and kept[1][0].isnan().all() and (kept[1][1] == 1).all()
+    with pytest.raises(RuntimeError, match="not finite"):
+        bench("run")._check_result((torch.ones(2), torch.tensor([1.0, float("nan")])))
 
 
-def bench_record(ratio):
-    case = dict(name="op B1", group="op", dtype="float32", timings={"triskele": {"median_ms": 2.0}},
+def test_a_call_runs_on_the_threads_that_it_asks_for(bench):
+    timing = bench("timing")
+    before, seen = torch.get_num_threads(), []
+    timing.once(timing.OnThreads(lambda: seen.append(torch.get_num_threads()), 2), torch.device("cpu"))
+    assert seen == [2] and torch.get_num_threads() == before
+
+
+def bench_record(ratio, **changes):
+    case = dict(name="op B1", group="op", label="An op", curves={"length, float32": 1.0}, unit="float32",
+                timings={"triskele": {"median_ms": 2.0, "spread": 0.1}, "sdpa": {"median_ms": 2.0 * ratio}},
                 ratios={"sdpa": ratio}, targets={"sdpa": 10.0}, absent={"fla": "not importable"}, flops=1.0, bytes=1.0,
-                floor={"operations_ms": 1.0, "bytes_ms": 0.5}, of_floor=0.5)
-    ceilings = dict(copy_gb_s=10.0, float32_tflop_s=0.2, bfloat16_tflop_s=1.0)
+                floor={"operations_ms": 1.0, "bytes_ms": 0.5}, of_floor=0.5) | changes
+    ceilings = dict(copy_gb_s=10.0, float32_tflop_s=0.2, bfloat16_tflop_s=1.0, int8_tflop_s=2.0)
     return record() | {"kind": "bench", "cases": [case], "ceilings": ceilings}
 
 
-def test_bench_table_names_targets_floors_and_absent_peers(bench):
-    text = bench("render").bench_table(bench_record(8.126))
-    assert "| op B1 | 2.00 | 1.00 | 50% | 8.13× sdpa (10×) |" in text
-    assert "Absent peers: fla (not importable)." in text and "copy 10.0 GB/s" in text
+def test_bench_tables_name_targets_floors_causes_and_absent_peers(bench, tmp_path, monkeypatch):
+    tables = bench("tables_bench")
+    monkeypatch.setattr(tables, "NOTES", tmp_path / "notes.json")
+    text = tables.bench_table(bench_record(8.126))
+    assert "| op B1 | 2.00 | 10% | 1.00 | 50% | 8.13× sdpa | 10× sdpa: missed |" in text
+    assert "- op B1: 8.13× of 10× (sdpa). No cause noted yet." in text
+    tables.NOTES.write_text(json.dumps({"op B1": "Bound by exp."}))
+    assert "(sdpa). Bound by exp." in tables.bench_table(bench_record(8.126), "op")
+    text = tables.bench_table(bench_record(11.0), "op")
+    assert "10× sdpa: met" in text and "Missed" not in text
+    assert tables.bench_table(bench_record(11.0), "other") == "*Not in the record.*"
+    assert "| An op | 2.00 | 11.00× sdpa (10×) |" in tables.bench_table(bench_record(11.0), "summary")
+    text = tables.bench_table(bench_record(11.0), "machine")
+    assert "Absent peers: fla (not importable)." in text and "10.0 GB/s" in text and "not committed" in text
+
+
+def test_a_failed_case_is_shown_as_failed(bench):
+    tables = bench("tables_bench")
+    broken = bench_record(1.0)
+    broken["cases"] = [dict(name="op B1", group="op", error="RuntimeError: a | b")]
+    assert "| op B1 | failed | | | | RuntimeError: a / b | |" in tables.bench_table(broken, "op")
+    assert "Failed cases: op B1." in tables.bench_table(broken, "machine")
+    assert "op B1" not in tables.bench_table(broken, "summary")
+
+
+def test_plots_are_redrawn_when_their_figures_change(bench, tmp_path):
+    plots = bench("plots")
+    two = bench_record(8.0)
+    assert plots.curves(two) == {}  # one point is no curve
+    two["cases"].append(bench_record(9.0, name="op B2", curves={"length, float32": 2.0})["cases"][0])
+    assert plots.stale(two, tmp_path) == ["length-float32.svg"]
+    (drawn,) = plots.draw(two, tmp_path)
+    text = drawn.read_text()
+    assert plots.stale(two, tmp_path) == [] and plots.draw(two, tmp_path) == []
+    two["cases"][0]["timings"]["triskele"]["median_ms"] = 1.0
+    assert plots.draw(two, tmp_path) == [drawn] and drawn.read_text() != text
 
 
 def test_compare_tells_what_got_slower(bench, tmp_path, capsys):
@@ -101,3 +145,36 @@ def test_compare_tells_what_got_slower(bench, tmp_path, capsys):
     assert compare.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     assert compare.main([str(tmp_path / "a"), str(tmp_path / "c")]) == 1
     assert "SLOWER" in capsys.readouterr().out
+
+
+def test_compare_takes_turns_between_two_trees(bench, monkeypatch, capsys):
+    compare = bench("compare")
+    order = []
+
+    def run_side(tree, out, options):
+        order.append(tree.name)
+        taken = bench_record(1.0)
+        taken["cases"][0]["timings"]["triskele"]["median_ms"] = {"old": 2.0, "new": 4.0}[tree.name]
+        return taken
+
+    monkeypatch.setattr(compare, "run_side", run_side)
+    monkeypatch.setattr(compare, "built_tree", lambda side: compare.contextmanager(lambda: iter([Path(side)]))())
+    assert compare.main(["old", "new", "--turns", "2"]) == 1
+    assert order == ["old", "new", "new", "old"]
+    assert "0.50x" in capsys.readouterr().out
+    assert compare.main(["new", "old", "--turns", "1"]) == 0
+
+
+def test_long_clip_table_and_line(bench):
+    tables = bench("tables")
+    rows = [dict(name="plain", note="", dtype="float32", seconds=8.0, ratio=1.0, psnr=None, ssim=1.0,
+                 profile_ms={"attention": 10.0, "rest": 2.0}),
+            dict(name="SLA + W4A8", note="training-free", dtype="float32", seconds=2.0, ratio=4.0, psnr=20.04,
+                 ssim=0.9)]
+    rows.append(rows[1] | dict(name="SLA", ratio=5.0))  # the line is about both arms
+    clip = dict(frames=128, tokens=8192, steps=4, turns=1, rows=rows)
+    taken = record() | {"kind": "end_to_end", "clips": [clip]}
+    text = tables.end_to_end_table(taken, None)
+    assert "| SLA + W4A8 (training-free) | float32 | 2.00 | 4.00× | 20.0 | 0.900 |" in text
+    assert "| plain | float32 | 10 | 2 | 12 |" in text
+    assert "8.0 s plain, 2.0 s with SLA + W4A8, training-free, 4.00×; 20.0 dB" in tables.end_to_end_table(taken, "line")

@@ -1,0 +1,82 @@
+"""What a case is, and what the files cases_*.py share. Adding a case touches one of those files only.
+
+    def short() -> list[Case]       the shapes with targets
+    def curves() -> list[Case]      the other points of the curves
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from timing import OnThreads
+
+F32, B16 = torch.float32, torch.bfloat16
+SETS = 3  # of inputs, rotated
+
+
+@dataclass
+class Calls:
+    """`ours` against `peers`; absent: peer -> why it does not run here.
+
+    flops, bytes  of our algorithm, once: what the floor is made of
+    unit          arithmetic of the floor: "float32", "bfloat16" or "int8"
+    """
+
+    ours: Callable[[], object]
+    peers: dict[str, Callable[[], object]]
+    absent: dict[str, str]
+    flops: float
+    bytes: float
+    unit: str
+
+
+@dataclass
+class Case:
+    """make(device) -> Calls.
+
+    group    what `run.py --only` takes, and a section of docs/benchmarks.md
+    targets  peer -> ratio that we aim at
+    curves   name of a plot ("keep, %") -> where on its axis this case is
+    label    a row of the README's table, in its words; "" for none
+    devices  on which it means something
+    """
+
+    name: str
+    group: str
+    make: Callable[[torch.device], Calls]
+    targets: dict[str, float] = field(default_factory=dict)
+    curves: dict[str, float] = field(default_factory=dict)
+    label: str = ""
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype)[6:]
+
+
+def drifting(device, dtype, batch, heads, length, dim, sets=SETS) -> list[tuple]:
+    """(q, k, v) [B, H, L, D] whose tokens drift along the sequence: blocks differ in their means, as in a model."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tensor():
+        drift = torch.randn(batch, heads, math.ceil(length / 64), dim, generator=generator).repeat_interleave(64, 2)
+        noise = torch.randn(batch, heads, length, dim, generator=generator)
+        return (noise + drift[:, :, :length]).to(device, dtype)
+
+    return [(tensor(), tensor(), tensor()) for _ in range(sets)]
+
+
+def thread_scaling(case: Case, target: float = 1.8) -> Case:
+    """The same call on two threads, with itself on one thread for a peer."""
+
+    def make(device):
+        calls = case.make(device)
+        peers, absent = {"one thread": OnThreads(calls.ours, 1)}, {}
+        if torch.get_num_threads() < 2:
+            peers, absent = {}, {"one thread": "torch has a single thread here"}
+        return replace(calls, ours=OnThreads(calls.ours, 2), peers=peers, absent=absent)
+
+    return Case(f"two threads: {case.name}", "threads", make, {"one thread": target}, devices=("cpu",))
