@@ -7,7 +7,7 @@ STABLE_TORCH_LIBRARY(triskele_native, m) {
   // sla
   m.def("sla_route(Tensor q, Tensor k, int n_keep, int n_drop, int block_q, int block_k, Tensor? keep_keys, Tensor? key_mask) -> Tensor");
   m.def("sla_forward(Tensor q, Tensor k, Tensor v, Tensor map, Tensor? weight, Tensor? bias, Tensor? alpha, Tensor? key_mask, int block_q, int block_k, int feature, int scope, float scale, bool parts) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("sla_backward(Tensor q, Tensor k, Tensor v, Tensor map, Tensor lse, Tensor offset, Tensor d_sparse, Tensor? d_rows, Tensor? d_linear, Tensor? key_mask, int block_q, int block_k, int feature, int scope, float scale) -> (Tensor, Tensor, Tensor)");
+  m.def("sla_backward(Tensor q, Tensor k, Tensor v, Tensor map, Tensor o_sparse, Tensor lse, Tensor d_sparse, Tensor? d_linear, Tensor? d_lse, Tensor? key_mask, int block_q, int block_k, int feature, int scope, float scale) -> (Tensor, Tensor, Tensor)");
   // vmoba
   m.def("vmoba_select(Tensor q, Tensor k, Tensor? order, Tensor bounds, str mode, str pool, int top_k, "
         "float threshold) -> Tensor");
@@ -19,7 +19,7 @@ STABLE_TORCH_LIBRARY(triskele_native, m) {
   m.def("svdq_quantize(Tensor x, Tensor inverse_smooth, Tensor lora_down_t, float shift, int group) "
         "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def("svdq_gemm(Tensor codes, Tensor token_scales, Tensor sums, Tensor down, Tensor qweight, Tensor wscales, "
-        "Tensor lora_up_t, Tensor? bias, bool e2m1, bool narrow) -> Tensor");
+        "Tensor lora_up, Tensor? bias, bool e2m1, bool narrow) -> Tensor");
   // taa
   m.def("taa_residual(Tensor x, Tensor eps, Tensor? noise, Tensor a, Tensor b, Tensor c, Tensor[] past_r, int order) "
         "-> (Tensor, Tensor, Tensor, Tensor)");
@@ -27,4 +27,8 @@ STABLE_TORCH_LIBRARY(triskele_native, m) {
         "Tensor enter_a, Tensor enter_w, Tensor enter_c, Tensor? enter_noise) -> Tensor");
   m.def("taa_gamma(Tensor squares, Tensor gram, Tensor rhs, Tensor limits, int[] lengths, float ridge, bool relative) "
         "-> (Tensor, Tensor)");
+  // adaln
+  m.def("adaln_modulate(Tensor x, Tensor scale, Tensor shift, Tensor? row_index, Tensor? weight, Tensor? bias, "
+        "float eps) -> Tensor");
+  m.def("adaln_gate(Tensor residual, Tensor x, Tensor gate, Tensor? row_index) -> Tensor");
 }

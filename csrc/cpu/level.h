@@ -5,7 +5,7 @@
 #include <torch/csrc/stable/library.h>
 
 // The families, one X(name) each.
-#define TRISKELE_FAMILIES(X) X(sla_route) X(sla_forward) X(sla_backward) X(vmoba) X(vmoba_select) X(taa) X(svdq)
+#define TRISKELE_FAMILIES(X) X(sla_route) X(sla_forward) X(sla_backward) X(vmoba) X(vmoba_select) X(taa) X(svdq) X(adaln)
 
 #define TRISKELE_DECLARE(family) void register_##family(torch::stable::detail::StableLibrary& m);
 namespace triskele::base { TRISKELE_FAMILIES(TRISKELE_DECLARE) }

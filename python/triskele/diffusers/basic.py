@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from triskele.diffusers.interface import Site
+from triskele.diffusers.modulation import gated, modulate, plain_norms
 from triskele.diffusers.processor import SparseProcessor, key_mask_of
 
 ORIGINALS = ("AttnProcessor2_0", "AttnProcessor", "FusedAttnProcessor2_0", "SlicedAttnProcessor",
@@ -44,6 +45,37 @@ class BasicSparseProcessor(SparseProcessor):
         if attn.residual_connection:
             o = o + residual
         return o / attn.rescale_output_factor
+
+
+def fused_block(block, hidden_states, attention_mask=None, encoder_hidden_states=None, encoder_attention_mask=None,
+                timestep=None, cross_attention_kwargs=None, class_labels=None, added_cond_kwargs=None):
+    """A BasicTransformerBlock of DiT ("ada_norm_zero") or PixArt ("ada_norm_single")."""
+    x, extra = hidden_states, cross_attention_kwargs or {}
+    if block.norm_type == "ada_norm_zero":
+        first, second = block.norm1.norm, block.norm3
+        embedded = block.norm1.emb(timestep, class_labels, hidden_dtype=x.dtype)
+        rows = block.norm1.linear(block.norm1.silu(embedded)).chunk(6, dim=1)
+    else:
+        first, second = block.norm1, block.norm2
+        rows = (block.scale_shift_table[None] + timestep.reshape(len(x), 6, -1)).unbind(1)
+    shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = rows    # [B, C] each
+    y = block.attn1(modulate(first, x, scale_1, shift_1), attention_mask=attention_mask, **extra)
+    x = gated(x, y, gate_1)
+    if block.attn2 is not None:
+        x = x + block.attn2(x, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask,
+                            **extra)
+    return gated(x, block.ff(modulate(second, x, scale_2, shift_2)), gate_2)
+
+
+def fits_fused_block(block) -> bool:
+    if block.pos_embed is not None or block.only_cross_attention or hasattr(block, "fuser"):
+        return False
+    if block.norm_type == "ada_norm_zero":
+        return block.attn2 is None and block.norm1.emb is not None and plain_norms(block.norm1.norm, block.norm3)
+    return block.norm_type == "ada_norm_single" and plain_norms(block.norm1, block.norm2)
+
+
+FUSED_BLOCKS = {"BasicTransformerBlock": (fused_block, fits_fused_block)}
 
 
 def block_sites(model) -> list[Site]:

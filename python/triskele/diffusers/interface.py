@@ -13,7 +13,7 @@ The sampler arm also leaves its object on the pipeline, `undo.setattr(pipe, SAMP
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 SAMPLER = "_triskele_sampler"
 
@@ -94,6 +94,8 @@ class Adapter:
     guidance_in_step  the pipeline gives `scheduler.step` guidance's copy of the latents too (DiT)
     pipelines        class names of the pipelines whose loop the sampler arm has been tried on
     sampler_refusal  pipe -> why the sampler arm refuses this very pipeline, or None
+    fused_blocks     class name of a block -> (its forward written with the fused norm, modulation and gate ops, of the
+                     same arguments; block -> whether it is one that this forward reproduces)
     """
 
     family: str
@@ -109,6 +111,7 @@ class Adapter:
     guidance_in_step: bool = False
     pipelines: tuple[str, ...] = ()
     sampler_refusal: Callable = _nothing
+    fused_blocks: dict[str, tuple[Callable, Callable]] = field(default_factory=dict)
 
     def is_linear_site(self, name: str, endings: tuple[str, ...] | None = None) -> bool:
         """Whether the linear called `name` is worth 4 bits; `endings` replaces the family's own table."""

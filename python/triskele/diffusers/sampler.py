@@ -23,6 +23,7 @@ import torch
 from triskele.backend import explain
 from triskele.checks import expected
 from triskele.configs import ParaTAA
+from triskele.diffusers import modulation
 from triskele.diffusers.grid import GridHook
 from triskele.diffusers.interface import SAMPLER, Adapter, Replaced
 from triskele.diffusers.pace import Pace
@@ -49,7 +50,8 @@ def apply(pipe, adapter: Adapter, config: ParaTAA, undo: UndoLog) -> list[Replac
     undo.setattr(pipe, SAMPLER, sampling)
     backend, reasons = _backend_of(config, denoiser)
     window = {"auto": "a measured window", None: "all steps"}.get(config.window, f"a window of {config.window}")
-    return [Replaced("sampler", "scheduler", type(scheduler).__name__, f"ParaTAA over {window}", backend, reasons)]
+    return [Replaced("sampler", "scheduler", type(scheduler).__name__, f"ParaTAA over {window}", backend, reasons),
+            *modulation.apply(denoiser, adapter, undo)]
 
 
 class Sampling:

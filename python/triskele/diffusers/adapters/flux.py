@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from triskele.diffusers.interface import Adapter, AttentionSites, Site
+from triskele.diffusers.modulation import gated, modulate, plain_norms
 from triskele.diffusers.processor import SparseProcessor, key_mask_of
 
 
@@ -44,6 +45,45 @@ class FluxSparseProcessor(SparseProcessor):
         return (part.unflatten(-1, (-1, attn.head_dim)) for part in parts)
 
 
+def _double_block(block, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None,
+                  joint_attention_kwargs=None):
+    """A FluxTransformerBlock: both streams are normed, attended to together, gated, and go through their own MLP."""
+    extra = joint_attention_kwargs or {}
+    if "ip_hidden_states" in extra:    # an image prompt has a third output
+        return type(block).forward(block, hidden_states, encoder_hidden_states, temb, image_rotary_emb, extra)
+    image, text = hidden_states, encoder_hidden_states
+    of_image, of_text = (norm.linear(norm.silu(temb)).chunk(6, dim=1) for norm in (block.norm1, block.norm1_context))
+    image_out, text_out = block.attn(
+        hidden_states=modulate(block.norm1.norm, image, of_image[1], of_image[0]),
+        encoder_hidden_states=modulate(block.norm1_context.norm, text, of_text[1], of_text[0]),
+        image_rotary_emb=image_rotary_emb, **extra)
+    image, text = gated(image, image_out, of_image[2]), gated(text, text_out, of_text[2])
+    image = gated(image, block.ff(modulate(block.norm2, image, of_image[4], of_image[3])), of_image[5])
+    text = gated(text, block.ff_context(modulate(block.norm2_context, text, of_text[4], of_text[3])), of_text[5])
+    return text, image
+
+
+def _single_block(block, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None,
+                  joint_attention_kwargs=None):
+    """A FluxSingleTransformerBlock: attention and MLP side by side over text and image."""
+    text = encoder_hidden_states.shape[1]
+    x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+    shift, scale, gate = block.norm.linear(block.norm.silu(temb)).chunk(3, dim=1)
+    y = modulate(block.norm.norm, x, scale, shift)
+    attended = block.attn(hidden_states=y, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
+    y = block.proj_out(torch.cat([attended, block.act_mlp(block.proj_mlp(y))], dim=2))
+    x = gated(x, y, gate)
+    return x[:, :text], x[:, text:]
+
+
+def _double_fits(block) -> bool:
+    return plain_norms(block.norm1.norm, block.norm1_context.norm, block.norm2, block.norm2_context)
+
+
+def _single_fits(block) -> bool:
+    return plain_norms(block.norm.norm)
+
+
 def _find(model) -> list[Site]:
     double = len(model.transformer_blocks)
     sites = [Site(f"transformer_blocks.{i}.attn", i) for i in range(double)]
@@ -81,4 +121,6 @@ ADAPTER = Adapter(
     timestep_scale=1 / 1000,
     pipelines=("FluxPipeline",),
     sampler_refusal=_sampler_refusal,
+    fused_blocks={"FluxTransformerBlock": (_double_block, _double_fits),
+                  "FluxSingleTransformerBlock": (_single_block, _single_fits)},
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from triskele.diffusers.basic import ORIGINALS, BasicSparseProcessor, block_sites, patch_grid
+from triskele.diffusers.basic import FUSED_BLOCKS, ORIGINALS, BasicSparseProcessor, block_sites, patch_grid
 from triskele.diffusers.interface import Adapter, AttentionSites
 
 ADAPTER = Adapter(
@@ -16,4 +16,5 @@ ADAPTER = Adapter(
     linear_within=("transformer_blocks",),
     batch_kwargs=("encoder_hidden_states", "encoder_attention_mask", "attention_mask", "added_cond_kwargs"),
     pipelines=("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
+    fused_blocks=FUSED_BLOCKS,
 )

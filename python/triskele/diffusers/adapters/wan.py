@@ -5,14 +5,23 @@ from __future__ import annotations
 import torch
 
 from triskele.diffusers.interface import Adapter, AttentionSites, Site
+from triskele.diffusers.modulation import gated, modulate, plain_norms
 from triskele.diffusers.processor import SparseProcessor, key_mask_of
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding over interleaved pairs, as WanAttnProcessor does it: x [B, L, H, D]; cos, sin [1, L, 1, D]."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    """Rotary embedding over interleaved pairs, as WanAttnProcessor does it: x [B, L, H, D]; cos, sin [1, L, 1, D].
+
+    A pair is a complex number: one pass over x where the real formula makes six.
+    """
     cos, sin = cos[..., 0::2], sin[..., 1::2]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+    pairs = x.unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # inductor fuses the real formula, and generates no code for complex numbers
+        even, odd = pairs.unbind(-1)
+        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+    wide = torch.promote_types(torch.promote_types(x.dtype, cos.dtype), torch.float32)
+    turned = torch.view_as_complex(pairs.to(wide).contiguous()) * torch.complex(cos.to(wide), sin.to(wide))
+    return torch.view_as_real(turned).flatten(-2).type_as(x)
 
 
 class WanSparseProcessor(SparseProcessor):
@@ -31,6 +40,21 @@ class WanSparseProcessor(SparseProcessor):
         o = self.attend(attn, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), key_mask=key_mask)
         o = o.transpose(1, 2).flatten(2).type_as(q)
         return attn.to_out[1](attn.to_out[0](o))
+
+
+def _block(block, hidden_states, encoder_hidden_states, temb, rotary_emb):
+    """A WanTransformerBlock; temb [B, 6, C]."""
+    if temb.ndim != 3:    # a timestep for every token
+        return type(block).forward(block, hidden_states, encoder_hidden_states, temb, rotary_emb)
+    x = hidden_states
+    shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (block.scale_shift_table + temb.float()).unbind(1)
+    x = gated(x, block.attn1(modulate(block.norm1, x, scale_1, shift_1), None, None, rotary_emb), gate_1)
+    x = x + block.attn2(block.norm2(x.float()).type_as(x), encoder_hidden_states, None, None)
+    return gated(x, block.ffn(modulate(block.norm3, x, scale_2, shift_2)), gate_2)
+
+
+def _fits(block) -> bool:
+    return plain_norms(block.norm1, block.norm3)
 
 
 def _find(model) -> list[Site]:
@@ -62,4 +86,5 @@ ADAPTER = Adapter(
     batch_kwargs=("encoder_hidden_states", "encoder_hidden_states_image"),
     pipelines=("WanPipeline", "WanImageToVideoPipeline"),
     sampler_refusal=_sampler_refusal,
+    fused_blocks={"WanTransformerBlock": (_block, _fits)},
 )

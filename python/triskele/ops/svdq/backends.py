@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from triskele import _native
 from triskele.backend import Backend, register
@@ -37,11 +36,11 @@ def _cpu(x, qweight, wscales, wtscale, lora_down, lora_up, smooth, bias, format,
     group = qweight.shape[1] * 2 // wscales.shape[1]
     rows = (x.float() if x.dtype == torch.float16 else x).contiguous()
     lora_down_t = pad_columns(lora_down.float().T, _LANES).contiguous()  # [K, r']
-    lora_up_t = F.pad(lora_up.float().T, (0, 0, 0, lora_down_t.shape[1] - lora_up.shape[1])).contiguous()  # [r', N]
+    lora_up = pad_columns(lora_up.float(), _LANES).contiguous()  # [N, r']
     codes, token_scales, sums, down = native.svdq_quantize(rows, 1.0 / smooth.float(), lora_down_t, shift, group)
     scales = wscales.float() if wtscale is None else wscales.float() * wtscale.float()[:, None]
     y = native.svdq_gemm(codes, token_scales, sums, down, qweight.contiguous(), scales.contiguous(),
-                         lora_up_t, None if bias is None else bias.float().contiguous(),
+                         lora_up, None if bias is None else bias.float().contiguous(),
                          format == "nvfp4", rows.dtype == torch.bfloat16)
     return y.to(x.dtype)
 

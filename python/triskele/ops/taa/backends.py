@@ -68,6 +68,6 @@ UPDATE = register("taa.update", (
 ))
 GAMMA = register("taa.gamma", (
     Backend("cuda", _native_run("taa_gamma"), why_not=_gamma_cuda, missing=_native.cuda_library),
-    Backend("cpu", reference.gamma),  # W systems of at most memory - 1 unknowns in float64: torch is the CPU's kernel
+    Backend("cpu", _native_run("taa_gamma"), missing=_native.cpu_library),
     Backend("reference", reference.gamma),
 ))
