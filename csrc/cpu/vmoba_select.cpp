@@ -40,6 +40,21 @@ inline float gate_of_key(uint32_t key) {
   return gate;
 }
 
+// Gates of Rows queries and of Vecs vectors of chunks from `first` on -> out [chunks][S]
+template <int Rows, int Vecs>
+void dots(const Shape& s, const double (*lines)[kMaxDim], const double* means, int64_t stride, int64_t first,
+          int64_t count, float* out) {
+  Doubles sum[Rows][Vecs] = {};
+  for (int64_t d = 0; d < s.dim; ++d, means += stride) {
+    Doubles mean[Vecs];
+    for (int n = 0; n < Vecs; ++n) mean[n] = load_doubles(means + n * kDoubles);
+    for (int i = 0; i < Rows; ++i)
+      for (int n = 0; n < Vecs; ++n) sum[i][n] += lines[i][d] * mean[n];
+  }
+  for (int64_t j = 0; j < std::min(Vecs * kDoubles, s.chunks - first); ++j)
+    for (int64_t i = 0; i < count; ++i) out[j * s.length + i] = static_cast<float>(sum[i][j / kDoubles][j % kDoubles]);
+}
+
 // g = q_s . mean(K_c) -> out [pairs][C][S] by token
 template <class T>
 void gates(const Shape& s, const Tensor& q, const Tensor& k, float* out) {
@@ -57,7 +72,7 @@ void gates(const Shape& s, const Tensor& q, const Tensor& k, float* out) {
       for (int64_t d = 0; d < s.dim; ++d) means[(pair * s.dim + d) * padded + c] = sum[d] / count;
     }
   });
-  constexpr int64_t kBlock = 4;
+  constexpr int64_t kBlock = 8;
   const int64_t tasks = (s.length + kBlock - 1) / kBlock;
   torch::stable::parallel_for(0, s.pairs() * tasks, 16, [&](int64_t begin, int64_t end) {
     double lines[kBlock][kMaxDim];
@@ -65,17 +80,12 @@ void gates(const Shape& s, const Tensor& q, const Tensor& k, float* out) {
       const int64_t pair = task / tasks, first = task % tasks * kBlock, count = std::min(kBlock, s.length - first);
       for (int64_t i = 0; i < kBlock; ++i)  // past the end, the last query once more
         queries.each(pair, first + std::min(i, count - 1), [&](int64_t d, const T& x) { lines[i][d] = to_double(x); });
-      for (int64_t c = 0; c < padded; c += kDoubles) {
-        Doubles sum[kBlock] = {};
-        const double* mean = &means[pair * s.dim * padded + c];
-        for (int64_t d = 0; d < s.dim; ++d, mean += padded) {
-          const Doubles m = load_doubles(mean);
-          for (int64_t i = 0; i < kBlock; ++i) sum[i] += lines[i][d] * m;
-        }
-        for (int64_t j = 0; j < std::min(kDoubles, s.chunks - c); ++j)
-          for (int64_t i = 0; i < count; ++i)
-            out[(pair * s.chunks + c + j) * s.length + first + i] = static_cast<float>(sum[i][j]);
-      }
+      const double* mean = &means[pair * s.dim * padded];
+      float* to = out + pair * s.chunks * s.length + first;
+      int64_t c = 0;
+      for (; c + kDoubles < padded; c += 2 * kDoubles)
+        dots<kBlock, 2>(s, lines, mean + c, padded, c, count, to + c * s.length);
+      if (c < padded) dots<kBlock, 1>(s, lines, mean + c, padded, c, count, to + c * s.length);
     }
   });
 }
@@ -251,16 +261,14 @@ constexpr int64_t kFewPlaces = 16;
 
 void choose_lanes(const Query& first, const int32_t* own, int64_t places) {
   constexpr int32_t kNone = std::numeric_limits<int32_t>::min();  // below every gate's key
-  const auto keys_of = [&](int64_t c) {
-    const float* gates = first.gates + c * first.gate_stride;
-    int32_t lanes[kVec];
-    for (int64_t i = 0; i < kVec; ++i) {
-      const int32_t key = static_cast<int32_t>(descending_key(gates[i]) ^ 0x7fffffffu);
-      lanes[i] = own[i] == c ? kNone : key;
-    }
-    Ints keys;
-    std::memcpy(&keys, lanes, sizeof keys);
-    return keys;
+  Ints own_chunks;
+  std::memcpy(&own_chunks, own, sizeof own_chunks);
+  const auto keys_of = [&](int64_t c) {  // descending_key, its order turned
+    const Floats gates = load(first.gates + c * first.gate_stride) + 0.f;
+    Ints bits = reinterpret_cast<Ints>(gates);
+    bits = gates == gates ? bits : Ints{} + 0x7fc00000;
+    const Ints keys = bits ^ ((bits >> 31) & 0x7fffffff);
+    return own_chunks == static_cast<int32_t>(c) ? Ints{} + kNone : keys;
   };
   Ints best[kFewPlaces];
   for (int64_t j = 0; j < places; ++j) best[j] = Ints{} + kNone;
