@@ -28,43 +28,39 @@
 #include "cpu/svdq.h"
 #include "cpu/svdq_amx.h"
 
+#define TRISKELE_SVDQ_VECTORS vectors
+#include "cpu/svdq_vectors.h"
+#undef TRISKELE_SVDQ_VECTORS
+#if defined(__AVX2__) && !defined(__AVX512F__) && defined(__GNUC__) && !defined(__clang__)
+#include <cpuid.h>
+#define TRISKELE_SVDQ_AVX_VNNI 1  // the AVX2 level again, for CPUs that also have AVX-VNNI
+#pragma GCC push_options
+#pragma GCC target("avxvnni")
+#define TRISKELE_SVDQ_VECTORS vectors_avx_vnni
+#include "cpu/svdq_vectors.h"
+#undef TRISKELE_SVDQ_VECTORS
+#pragma GCC pop_options
+#endif
+
 namespace triskele::TRISKELE_LEVEL {
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using namespace svdq;
+using vectors::kPanel, vectors::kRows, vectors::Scaled;
 
-constexpr int64_t kPanel = 64;      // output channels unpacked at a time: their bytes stay in L2
 constexpr int64_t kDownRows = 8;    // tokens projected down together
+constexpr int64_t kDownColumns = 512;             // columns projected at a time: their factors stay in cache ...
+constexpr int64_t kDownBytes = 2 * 1024 * 1024;   // ... while a block of so many bytes of x passes, read again after
+constexpr int64_t kDownMost = 64;                 // tokens of a block at most
+#if defined(__AVX512F__)
+constexpr int kDownVectors = 2;                   // of ranks at a time: 16 accumulators
+#else
+constexpr int kDownVectors = 1;
+#endif
+constexpr int64_t kDownLanes = sizeof(Scaled) / 4;
 constexpr float kTiny = 1e-30f;     // a token whose maximum is below counts as zero
-#if defined(__AVX512VNNI__)
-constexpr int kRows = 12;           // tokens of a register tile: 12 integer and 12 float accumulators
-#else
-constexpr int kRows = 4;
-#endif
-
-// before[n] + sum over 4 bytes of unsigned weight[n] * signed activation: the one instruction that differs by level.
-inline Ints dot4(const Ints& before, const Ints& weight, int32_t activation) {
-#if defined(__AVX512VNNI__)
-  return (Ints)_mm512_dpbusd_epi32((__m512i)before, (__m512i)weight, _mm512_set1_epi32(activation));
-#elif defined(__AVX2__)
-  const __m256i a = _mm256_set1_epi32(activation), ones = _mm256_set1_epi16(1);
-  __m256i part[2], sum[2];
-  std::memcpy(part, &weight, sizeof(part));
-  std::memcpy(sum, &before, sizeof(sum));
-  for (int i = 0; i < 2; ++i)
-    sum[i] = _mm256_add_epi32(sum[i], _mm256_madd_epi16(_mm256_maddubs_epi16(part[i], a), ones));
-  Ints acc;
-  std::memcpy(&acc, sum, sizeof(acc));
-  return acc;
-#else
-  Ints acc = before;
-  for (int byte = 0; byte < 4; ++byte)
-    acc += ((weight >> (8 * byte)) & 255) * static_cast<int32_t>(static_cast<int8_t>(activation >> (8 * byte)));
-  return acc;
-#endif
-}
 
 inline float bfloat16_to_float(uint16_t bits) {
   const uint32_t wide = static_cast<uint32_t>(bits) << 16;
@@ -120,18 +116,41 @@ void quantize_token(const float* x, const float* inverse_smooth, float shift, in
   }
 }
 
-// down [Rows, r] = x [Rows, K] @ lora_down_t [K, r]; r is a multiple of the lanes. The order over k is one chain.
-template <int Rows>
-void project_down(const float* x, int64_t stride, int64_t k, const float* lora_down_t, int64_t rank, float* down) {
-  for (int64_t j = 0; j < rank; j += kLanes) {
-    Floats acc[Rows] = {};
-    for (int64_t i = 0; i < k; ++i) {
-      const Floats column = load<Floats>(lora_down_t + i * rank + j);
+// down [Rows, r] (+)= x [Rows, columns] @ lora_down_t [columns, r] for the ranks of `Vectors` vectors. The sum over all of K
+// is one chain, however it is cut.
+template <int Rows, int Vectors>
+void project_ranks(const float* x, int64_t stride, int64_t columns, const float* lora_down_t, int64_t rank, bool start,
+                   float* down) {
+  Scaled acc[Rows][Vectors];
 #pragma GCC unroll 8
-      for (int m = 0; m < Rows; ++m) acc[m] += broadcast(x[m * stride + i]) * column;
+  for (int m = 0; m < Rows; ++m)
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) acc[m][v] = start ? Scaled{} : load<Scaled>(down + m * rank + v * kDownLanes);
+  for (int64_t i = 0; i < columns; ++i) {
+    Scaled factors[Vectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) factors[v] = load<Scaled>(lora_down_t + i * rank + v * kDownLanes);
+#pragma GCC unroll 8
+    for (int m = 0; m < Rows; ++m) {
+      const Scaled value = x[m * stride + i] - Scaled{};
+#pragma GCC unroll 2
+      for (int v = 0; v < Vectors; ++v) acc[m][v] += value * factors[v];
     }
-    for (int m = 0; m < Rows; ++m) std::memcpy(down + m * rank + j, &acc[m], sizeof(Floats));
   }
+#pragma GCC unroll 8
+  for (int m = 0; m < Rows; ++m)
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) std::memcpy(down + m * rank + v * kDownLanes, &acc[m][v], sizeof(Scaled));
+}
+
+template <int Rows>
+void project_down(const float* x, int64_t stride, int64_t columns, const float* lora_down_t, int64_t rank, bool start,
+                  float* down) {
+  int64_t j = 0;
+  for (; j + kDownVectors * kDownLanes <= rank; j += kDownVectors * kDownLanes)
+    project_ranks<Rows, kDownVectors>(x, stride, columns, lora_down_t + j, rank, start, down + j);
+  for (; j < rank; j += kDownLanes)
+    project_ranks<Rows, 1>(x, stride, columns, lora_down_t + j, rank, start, down + j);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> svdq_quantize(Tensor x, Tensor inverse_smooth, Tensor lora_down_t,
@@ -163,28 +182,48 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> svdq_quantize(Tensor x, Tensor invers
   float* scales_out = scales.mutable_data_ptr<float>();
   int32_t* sums_out = sums.mutable_data_ptr<int32_t>();
   float* down_out = down.mutable_data_ptr<float>();
-  const int64_t blocks = (m + kDownRows - 1) / kDownRows;
+  const int64_t threads = torch::stable::get_num_threads(), size = wide ? 4 : 2;
+  const int64_t fit = std::min(kDownBytes / std::max<int64_t>(1, k * size), (m + threads - 1) / threads);
+  const int64_t block_rows = std::clamp(fit / kDownRows * kDownRows, kDownRows, kDownMost);
+  const int64_t blocks = (m + block_rows - 1) / block_rows;
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    const Buffer<float> z = buffer<float>(padded), converted = buffer<float>(wide ? 0 : kDownRows * k);
+    const Buffer<float> z = buffer<float>(padded);
+    const Buffer<float> converted = buffer<float>(wide ? 0 : std::max(k, kDownRows * kDownColumns));
     const Buffer<int8_t> ordered = buffer<int8_t>(padded);
+    // x [count, columns] from (row, column) on, in float32; `stride` is the rows' distance
+    const auto floats = [&](int64_t row, int64_t count, int64_t column, int64_t columns, int64_t& stride) {
+      if (wide) {
+        stride = k;
+        return static_cast<const float*>(in) + row * k + column;
+      }
+      stride = columns;
+      for (int64_t i = 0; i < count; ++i) {
+        const uint16_t* from = static_cast<const uint16_t*>(in) + (row + i) * k + column;
+        for (int64_t c = 0; c < columns; ++c) converted[i * columns + c] = bfloat16_to_float(from[c]);
+      }
+      return static_cast<const float*>(converted.get());
+    };
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = block * kDownRows, count = std::min(kDownRows, m - first);
-      const float* rows = static_cast<const float*>(in) + first * k;
-      if (!wide) {
-        const uint16_t* from = static_cast<const uint16_t*>(in) + first * k;
-        for (int64_t i = 0; i < count * k; ++i) converted[i] = bfloat16_to_float(from[i]);
-        rows = converted.get();
+      const int64_t first = block * block_rows, last = std::min(m, first + block_rows);
+      int64_t stride;
+      for (int64_t column = 0; column < k && rank > 0; column += kDownColumns) {
+        const int64_t columns = std::min(kDownColumns, k - column);
+        for (int64_t row = first; row < last; row += kDownRows) {
+          const int64_t count = std::min(kDownRows, last - row);
+          const float* from = floats(row, count, column, columns, stride);
+          const float* right = factors + column * rank;
+          float* to = down_out + row * rank;
+          if (count == kDownRows) {
+            project_down<kDownRows>(from, stride, columns, right, rank, column == 0, to);
+          } else {
+            for (int64_t i = 0; i < count; ++i)
+              project_down<1>(from + i * stride, stride, columns, right, rank, column == 0, to + i * rank);
+          }
+        }
       }
-      for (int64_t i = 0; i < count; ++i)
-        quantize_token(rows + i * k, inverse, static_cast<float>(shift), k, padded, group, z.get(),
-                       ordered.get(), codes_out + (first + i) * padded, scales_out + first + i,
-                       sums_out + (first + i) * groups);
-      float* to = down_out + first * rank;
-      if (count == kDownRows) {
-        project_down<kDownRows>(rows, k, k, factors, rank, to);
-      } else {
-        for (int64_t i = 0; i < count; ++i) project_down<1>(rows + i * k, k, k, factors, rank, to + i * rank);
-      }
+      for (int64_t row = first; row < last; ++row)
+        quantize_token(floats(row, 1, 0, k, stride), inverse, static_cast<float>(shift), k, padded, group, z.get(),
+                       ordered.get(), codes_out + row * padded, scales_out + row, sums_out + row * groups);
     }
   });
   return {codes, scales, sums, down};
@@ -192,59 +231,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> svdq_quantize(Tensor x, Tensor invers
 
 // ---- kernel 2: multiply, scale, project up, add the bias -------------------------------------------------------
 
-// y [Rows, 16] for `Rows` tokens from `row` on and the 16 channels of `block` in the panel.
-template <int Rows>
-void tile(const Gemm& p, const Panel& panel, int64_t block, int64_t row, int64_t first) {
-  const int32_t offset = p.e2m1 ? 12 : 8;
-  const int64_t words_a_group = p.group / 4;
-  const uint32_t* words = panel.words.get() + block * (p.padded / 4) * kLanes;
-  const float* scales = panel.scales.get() + block * p.groups * kLanes;
-  const int8_t* codes = p.codes + row * p.padded;
-  const int32_t* sums = p.sums + row * p.groups;
-  Floats y[Rows] = {};
-  for (int64_t g = 0; g < p.groups; ++g) {
-    Ints acc[Rows];
-#pragma GCC unroll 16
-    for (int m = 0; m < Rows; ++m) acc[m] = Ints{} - offset * sums[m * p.groups + g];
-    for (int64_t q = 0; q < words_a_group; ++q) {
-      const Ints weight = load<Ints>(words + q * kLanes);
-#pragma GCC unroll 16
-      for (int m = 0; m < Rows; ++m) {
-        int32_t activation;
-        std::memcpy(&activation, codes + m * p.padded + 4 * q, 4);
-        acc[m] = dot4(acc[m], weight, activation);
-      }
-    }
-    words += words_a_group * kLanes;
-    codes += p.group;
-    const Floats scale = load<Floats>(scales + g * kLanes);
-#pragma GCC unroll 16
-    for (int m = 0; m < Rows; ++m) y[m] += __builtin_convertvector(acc[m], Floats) * scale;
-  }
-  finish<Rows>(p, panel, block, row, first, y);
+#if defined(TRISKELE_SVDQ_AVX_VNNI)
+bool has_avx_vnni() {  // GCC 12's __builtin_cpu_supports does not know it
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & (1u << 4)) != 0;
 }
-
-void tiles(const Gemm& p, const Panel& panel, int64_t first, int64_t row, int64_t end) {
-  const int64_t blocks = std::min(kPanel / kLanes, (p.n - first + kLanes - 1) / kLanes);
-  while (row < end) {
-    const int64_t left = end - row;
-    const int64_t rows = left >= kRows ? kRows : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-    for (int64_t block = 0; block < blocks; ++block) {
-      switch (rows) {
-        case kRows: tile<kRows>(p, panel, block, row, first); break;
-#if defined(__AVX512VNNI__)
-        case 4: tile<4>(p, panel, block, row, first); break;
 #endif
-        case 2: tile<2>(p, panel, block, row, first); break;
-        default: tile<1>(p, panel, block, row, first);
-      }
-    }
-    row += rows;
-  }
-}
 
 Tensor svdq_gemm(Tensor codes, Tensor token_scales, Tensor sums, Tensor down, Tensor qweight, Tensor wscales,
-                 Tensor lora_up_t, std::optional<Tensor> bias, bool e2m1, bool narrow) {
+                 Tensor lora_up, std::optional<Tensor> bias, bool e2m1, bool narrow) {
   constexpr const char* op = "svdq_gemm";
   check_dim(op, "codes", codes, 2);
   check_dim(op, "token_scales", token_scales, 1);
@@ -252,7 +247,7 @@ Tensor svdq_gemm(Tensor codes, Tensor token_scales, Tensor sums, Tensor down, Te
   check_dim(op, "down", down, 2);
   check_dim(op, "qweight", qweight, 2);
   check_dim(op, "wscales", wscales, 2);
-  check_dim(op, "lora_up_t", lora_up_t, 2);
+  check_dim(op, "lora_up", lora_up, 2);
   Gemm p{};
   p.m = codes.size(0), p.padded = codes.size(1), p.n = qweight.size(0);
   p.groups = wscales.size(1), p.rank = down.size(1), p.e2m1 = e2m1, p.narrow = narrow;
@@ -265,13 +260,13 @@ Tensor svdq_gemm(Tensor codes, Tensor token_scales, Tensor sums, Tensor down, Te
   check_equal(op, "down rows", p.m, down.size(0));
   check_equal(op, "qweight columns", p.padded / 2, qweight.size(1));
   check_equal(op, "wscales rows", p.n, wscales.size(0));
-  check_equal(op, "lora_up_t rows", p.rank, lora_up_t.size(0));
-  check_equal(op, "lora_up_t columns", p.n, lora_up_t.size(1));
-  for (const Tensor& t : {codes, token_scales, sums, down, qweight, wscales, lora_up_t})
+  check_equal(op, "lora_up rows", p.n, lora_up.size(0));
+  check_equal(op, "lora_up columns", p.rank, lora_up.size(1));
+  for (const Tensor& t : {codes, token_scales, sums, down, qweight, wscales, lora_up})
     check_contiguous(op, "inputs", t);
   check_that(codes.scalar_type() == ScalarType::Char && sums.scalar_type() == ScalarType::Int &&
                  qweight.scalar_type() == ScalarType::Byte, op, "codes int8, sums int32, qweight uint8");
-  for (const Tensor& t : {token_scales, down, wscales, lora_up_t})
+  for (const Tensor& t : {token_scales, down, wscales, lora_up})
     check_that(t.scalar_type() == ScalarType::Float, op, "scales and factors in float32");
   if (bias.has_value()) {
     check_dim(op, "bias", *bias, 1);
@@ -286,7 +281,7 @@ Tensor svdq_gemm(Tensor codes, Tensor token_scales, Tensor sums, Tensor down, Te
   p.down = down.const_data_ptr<float>();
   p.qweight = qweight.const_data_ptr<uint8_t>();
   p.wscales = wscales.const_data_ptr<float>();
-  p.lora_up_t = lora_up_t.const_data_ptr<float>();
+  p.lora_up = lora_up.const_data_ptr<float>();
   Tensor out = torch::stable::new_empty(codes, {p.m, p.n}, narrow ? ScalarType::BFloat16 : ScalarType::Float);
   p.out = out.mutable_data_ptr();
   if (p.m == 0 || p.n == 0) return out;
@@ -302,6 +297,10 @@ Tensor svdq_gemm(Tensor codes, Tensor token_scales, Tensor sums, Tensor down, Te
   const int64_t wanted = std::max<int64_t>(1, 4 * torch::stable::get_num_threads() / panels);
   const int64_t stretch = std::max<int64_t>(kRows, (p.m + wanted - 1) / wanted + kRows - 1) / kRows * kRows;
   const int64_t stretches = (p.m + stretch - 1) / stretch;
+  auto* tiles = &vectors::tiles;
+#if defined(TRISKELE_SVDQ_AVX_VNNI)
+  if (has_avx_vnni()) tiles = &vectors_avx_vnni::tiles;
+#endif
   torch::stable::parallel_for(0, panels * stretches, 1, [&](int64_t begin, int64_t end) {
     Panel panel = make_panel(p, kPanel, p.groups);
     int64_t filled = -1;

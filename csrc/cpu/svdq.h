@@ -17,6 +17,7 @@
 namespace triskele::TRISKELE_LEVEL::svdq {
 
 constexpr int64_t kLanes = 16;  // output channels of one vector
+constexpr int64_t kAhead = 512;  // bytes of packed weights fetched before they are needed
 
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef float Floats __attribute__((vector_size(64)));
@@ -52,7 +53,7 @@ struct Gemm {
   const float* down;        // [M, r]
   const uint8_t* qweight;   // [N, Kp/2]
   const float* wscales;     // [N, G]
-  const float* lora_up_t;   // [r, N]
+  const float* lora_up;     // [N, r]
   const float* bias;        // [N] or null
   void* out;                // [M, N]
   bool e2m1, narrow;        // values of the codes; bfloat16 output
@@ -142,6 +143,10 @@ void fill_words(const Gemm& p, int64_t first, int64_t from, int64_t to, Panel& p
     int64_t place = 0;  // of a word in its group
     for (int64_t word = from * words_a_group; word < to * words_a_group; word += kLanes) {
       const int64_t count = std::min(kLanes, to * words_a_group - word);
+      // 16 streams are too many for the hardware to foresee; past the stretch, the next block's rows begin
+      const int64_t ahead = 4 * word + kAhead;
+      const int64_t skip = ahead < 4 * to * words_a_group ? 0 : kLanes * (p.padded / 2) - 4 * (to - from) * words_a_group;
+      for (int64_t lane = 0; lane < kLanes; ++lane) __builtin_prefetch(rows[lane] + ahead + skip);
       Ints packed[kLanes];
       transpose(rows, 4 * word, count, packed);
       for (int64_t q = 0; q < count; ++q) {
@@ -163,7 +168,7 @@ inline void fill_factors(const Gemm& p, int64_t first, Panel& panel) {
         panel.scales[(block * p.groups + g) * kLanes + lane] =
             p.wscales[channel * p.groups + g] * (p.e2m1 ? 0.5f : 1.0f);
       for (int64_t r = 0; r < p.rank; ++r)
-        panel.up[(block * p.rank + r) * kLanes + lane] = p.lora_up_t[r * p.n + channel];
+        panel.up[(block * p.rank + r) * kLanes + lane] = p.lora_up[channel * p.rank + r];
       panel.bias[block * kLanes + lane] = p.bias == nullptr ? 0.0f : p.bias[channel];
     }
   }

@@ -29,6 +29,7 @@ constexpr int64_t kPanelBytes = 768 * 1024;   // of widened weights, in an L2 of
 constexpr int64_t kChunkBytes = 24 * 1024;    // of widened weights, in an L1 of 48 KiB
 constexpr int64_t kChunkWidth = 64;           // channels that share a chunk of activations
 constexpr int64_t kBlockRows = 128;
+constexpr int64_t kFewRows = 128;
 constexpr int64_t kStretchRows = 1024;        // tokens of a task at most: their float sums stay near
 
 inline bool tiles_pay(const Gemm& p) { return p.m >= kTileRowsPay && p.group % kTileBytes == 0; }
@@ -181,7 +182,7 @@ inline void multiply_panel(const Gemm& p, Panel& panel, TileScratch& scratch, in
 inline void multiply_by_tiles(const Gemm& p) {
   // Narrower panels, and then shorter stretches of tokens, only where there would be too few tasks for the threads.
   const int64_t threads = torch::stable::get_num_threads(), wanted = threads == 1 ? 1 : 4 * threads;
-  int64_t width = kWidest;
+  int64_t width = p.m <= kFewRows ? kChunkWidth : kWidest;  // few tokens do not pay for fresh memory
   while (width > kChunkWidth && (p.n + width - 1) / width < wanted) width /= 2;
   const int64_t panels = (p.n + width - 1) / width;
   const int64_t parts = std::max((p.m + kStretchRows - 1) / kStretchRows, (wanted + panels - 1) / panels);
