@@ -69,7 +69,7 @@ inline void split(Floats x, Words* planes) {
     planes[0] = bits & 0xFFFF0000u;
     const Floats rest = x - reinterpret_cast<Floats>(planes[0]);
     planes[1] = (reinterpret_cast<Words>(rest) + 0x8000u) & 0xFFFF0000u;
-    planes[2] = reinterpret_cast<Words>(rest - reinterpret_cast<Floats>(planes[1]));
+    planes[2] = reinterpret_cast<Words>(rest - reinterpret_cast<Floats>(planes[1])) & 0xFFFF0000u;  // if subnormal
   }
 }
 

@@ -1,281 +1,230 @@
-// Sparse-linear attention, backward: two passes that own what they write, so no atomics and the same bits whatever the
-// number of threads. Blocks of queries (64 of them a tile, one a lane) give dq and dH_i, blocks of keys give dk and dv;
-// in between dh_j = sum over the query blocks that cover j of dH_i. Scores and block states are recomputed, not stored.
+// Sparse-linear attention, backward. Blocks of queries come first: each takes its critical blocks of keys once, which
+// gives its dq and adds to dk and dv; then its part of the linear branch, which gives dH_i. Blocks of keys end it:
+// dh_j = sum over the query blocks that cover j of dH_i, and dk, dv. Scores and states are recomputed, not stored.
+//
+// A task is a run of query blocks of one head, cut by the shape and the map alone, and owns the sums that it adds to:
+// no atomics on data, and the same bits whatever the number of threads.
 #include "cpu/level.h"
-#include "cpu/sla.h"
+#include "cpu/sla_backward_amx.h"
+#include "cpu/sla_backward_linear.h"
+#include "cpu/sla_backward_vector.h"
 
 namespace triskele::TRISKELE_LEVEL {
 namespace {
 
-constexpr const char* kOp = "sla_backward";
+using namespace backward;
 
-struct Inputs {
-  const Problem& p;
-  const Rows &q, &k, &v;
-  const Visible& seen;
-  const int8_t* map;
-  const float *lse, *offset;          // [B, H, Lq]; offset = rowsum(dO_s O_s) - d lse
-  const float *d_sparse, *d_linear;   // [B, H, Lq, D]; d_linear null: no linear branch
-  const float* d_rows;                // [B, H, Lq] rowsum(dO_l O_l)
-};
+constexpr const char* kOp = "sla_backward";
 
 template <class T>
 struct Gradients {
   T *q, *k, *v;
 };
 
-// out += (d phi / d x)^T grad; phi = phi(x) tells the derivative by itself. All [D, kLanes].
-void feature_backward(Feature feature, const float* phi, const float* grad, float* out, int64_t dim, int64_t width) {
-  for (int64_t c = 0; c < width; c += kVec) {
-    Floats dot{};
-    if (feature == Feature::kSoftmax)
-      for (int64_t d = 0; d < dim; ++d) dot += load(phi + d * kLanes + c) * load(grad + d * kLanes + c);
-    for (int64_t d = 0; d < dim; ++d) {
-      const Floats value = load(phi + d * kLanes + c), g = load(grad + d * kLanes + c);
-      Floats dx;
-      if (feature == Feature::kSoftmax)
-        dx = value * (g - dot);
-      else if (feature == Feature::kElu)
-        dx = g * (value > 1.f ? splat(1.f) : value);
-      else
-        dx = value > 0.f ? g : Floats{};
-      store(out + d * kLanes + c, load(out + d * kLanes + c) + dx);
-    }
-  }
+// Tasks of a head: one where there are heads enough, since each has sums of its own.
+int64_t parts_of(const Problem& p) {
+  constexpr int64_t kEnough = 8;
+  return std::clamp<int64_t>((kEnough + p.all_heads() - 1) / std::max<int64_t>(p.all_heads(), 1), 1,
+                             std::max<int64_t>(p.q_blocks(), 1));
 }
 
-// The rows of `from` [n, dim] with unit stride padded to `padded` columns: in place where they are wide enough already.
-const float* padded_rows(const float* from, int64_t n, int64_t dim, int64_t padded, float* scratch) {
-  if (dim == padded) return from;
-  for (int64_t r = 0; r < n; ++r) {
-    std::copy_n(from + r * dim, dim, scratch + r * padded);
-    std::fill(scratch + r * padded + dim, scratch + (r + 1) * padded, 0.f);
+// critical [q_blocks]: the critical blocks of keys of every block of queries of a head that hold a visible key.
+// starts [parts + 1]: runs of query blocks with about as many of them each.
+struct Plan {
+  std::vector<std::vector<int64_t>> critical;
+  std::vector<int64_t> starts;
+};
+
+Plan plan(const Inputs& in, int64_t head, int64_t parts) {
+  const Problem& p = in.p;
+  const int64_t nq = p.q_blocks(), nk = p.k_blocks();
+  Plan out{std::vector<std::vector<int64_t>>(nq), std::vector<int64_t>(parts + 1, nq)};
+  int64_t total = nq;  // one for each block's own work
+  for (int64_t i = 0; i < nq; ++i) {
+    const int8_t* kinds = in.map + (head * nq + i) * nk;
+    for (int64_t j = 0; j < nk; ++j)
+      if (kinds[j] == 1 && in.visible(head, j) > 0) out.critical[i].push_back(j);
+    total += static_cast<int64_t>(out.critical[i].size());
   }
-  return scratch;
+  out.starts[0] = 0;
+  for (int64_t i = 0, part = 1, sum = 0; i < nq && part < parts; ++i) {
+    sum += 1 + static_cast<int64_t>(out.critical[i].size());
+    while (part < parts && sum * parts >= part * total) out.starts[part++] = i + 1;
+  }
+  return out;
 }
 
-class QueryBlock {
- public:
-  explicit QueryBlock(const Problem& p)
-      : q_(p.dim * kLanes), grad_(p.dim * kLanes), dq_(p.dim * kLanes), phi_(p.dim * kLanes), p_(kLanes * kLanes),
-        dp_(kLanes * kLanes), rows_(kLanes * p.padded()) {}
+// The sums of the parts of a head, for the rows [row, row + n): [n, padded] in `to`, times `factor`.
+void gather(const float* const* parts, int64_t count, int64_t size, float factor, float* to) {
+  std::fill(to, to + size, 0.f);
+  for (int64_t part = 0; part < count; ++part)
+    for (int64_t i = 0; i < size; ++i) to[i] += parts[part][i];
+  for (int64_t i = 0; i < size; ++i) to[i] *= factor;
+}
 
-  // state: H_i and Z_i; d_state: their gradients, written. Both null without a linear branch.
-  template <class T>
-  void run(const Inputs& in, int64_t head, int64_t block, const float* state, float* d_state, T* dq) {
-    const Problem& p = in.p;
-    const int8_t* kinds = in.map + (head * p.q_blocks() + block) * p.k_blocks();
-    critical_.clear();
-    for (int64_t j = 0; j < p.k_blocks(); ++j)
-      if (kinds[j] == 1) critical_.push_back(j);
-    if (d_state != nullptr) std::fill(d_state, d_state + p.state(), 0.f);
-    const int64_t last = std::min(p.queries, (block + 1) * p.block_q);
-    for (int64_t row = block * p.block_q; row < last; row += kLanes) {
-      const int64_t n = std::min(kLanes, last - row), at = head * p.queries + row;
-      sparse(in, head, row, n);
-      if (state != nullptr) linear(in, head, row, n, state, d_state);
-      from_lanes(dq_, n, p.dim, dq + at * p.dim);
-    }
-  }
-
- private:
-  void sparse(const Inputs& in, int64_t head, int64_t row, int64_t n) {
-    const Problem& p = in.p;
-    const int64_t width = round_up(n, kVec), at = head * p.queries + row;
-    float log_sum[kLanes] = {}, offset[kLanes] = {};
-    for (int64_t r = 0; r < n; ++r) log_sum[r] = in.lse[at + r] * kLog2E, offset[r] = in.offset[at + r];
-    to_lanes(in.q.head(head) + row * in.q.stride(), in.q.stride(), n, p.dim, 1.f, phi_);
-    scale_lanes(phi_, p.dim, width, p.scale * kLog2E, q_);
-    to_lanes(in.d_sparse + at * p.dim, p.dim, n, p.dim, 1.f, grad_);
-    std::fill(dq_ + 0, dq_ + p.dim * kLanes, 0.f);
-    const float *keys = in.k.head(head), *values = in.v.head(head);
-    const int64_t* visible = in.seen.count.data() + head / p.heads * p.k_blocks();
-    for (const int64_t j : critical_)
-      for (int64_t t = 0; t < visible[j]; t += kLanes) {
-        const int64_t m = std::min(kLanes, visible[j] - t), key = j * p.block_k + t;
-        const float *k = keys + key * in.k.stride(), *v = values + key * in.v.stride();
-        product(m, width, p.dim, {k, in.k.stride(), 1}, q_, kLanes, p_, kLanes, false);      // [m, D] @ [D, lanes]
-        product(m, width, p.dim, {v, in.v.stride(), 1}, grad_, kLanes, dp_, kLanes, false);  // [m, D] @ [D, lanes]
-        for (int64_t c = 0; c < width; c += kVec) {
-          const Floats shift = load(log_sum + c), base = load(offset + c);
-          for (int64_t i = c; i < m * kLanes; i += kLanes)
-            store(dp_ + i, exp2(load(p_ + i) - shift) * (load(dp_ + i) - base));
-        }
-        product(p.dim, width, m, {k, 1, in.k.stride()}, dp_, kLanes, dq_, kLanes, true);  // [D, m] @ [m, lanes]
-      }
-    scale_lanes(dq_, p.dim, width, p.scale, dq_);
-  }
-
-  // After `sparse`, which left q in phi_.
-  void linear(const Inputs& in, int64_t head, int64_t row, int64_t n, const float* state, float* d_state) {
-    const Problem& p = in.p;
-    const int64_t width = round_up(n, kVec), padded = p.padded(), at = head * p.queries + row;
-    const float* z = state + p.dim * padded;
-    float d_rows[kLanes] = {};
-    for (int64_t r = 0; r < n; ++r) d_rows[r] = in.d_rows[at + r];
-    feature_lanes(p.feature, phi_, p.dim, width);
-    to_lanes(in.d_linear + at * p.dim, p.dim, n, p.dim, 1.f, grad_);
-    product(p.dim, width, p.dim, {state, padded, 1}, grad_, kLanes, q_, kLanes, false);  // H [D, D] @ [D, lanes]
-    for (int64_t c = 0; c < width; c += kVec) {
-      Floats sum = splat(p.eps());
-      for (int64_t d = 0; d < p.dim; ++d) sum += z[d] * load(phi_ + d * kLanes + c);
-      const Floats inverse = sum == 0.f ? Floats{} : 1.f / (sum == 0.f ? splat(1.f) : sum);
-      const Floats dot = load(d_rows + c);
-      for (int64_t d = 0; d < p.dim; ++d) {  // q_ becomes d phi(q), grad_ becomes phi(q) / n
-        store(q_ + d * kLanes + c, (load(q_ + d * kLanes + c) - z[d] * dot) * inverse);
-        store(grad_ + d * kLanes + c, load(phi_ + d * kLanes + c) * inverse);
-      }
-    }
-    feature_backward(p.feature, phi_, q_, dq_, p.dim, width);
-    const float* b = padded_rows(in.d_linear + at * p.dim, n, p.dim, padded, rows_);
-    product(p.dim, padded, n, {grad_, kLanes, 1}, b, padded, d_state, padded, true);  // [D, n] @ [n, D]
-    float* d_z = d_state + p.dim * padded;
-    for (int64_t d = 0; d < p.dim; ++d) {
-      float sum = 0.f;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t c = 0; c < n; ++c) sum += grad_[d * kLanes + c] * d_rows[c];
-      d_z[d] -= sum;
-    }
-  }
-
-  Scratch q_, grad_, dq_, phi_, p_, dp_, rows_;
-  std::vector<int64_t> critical_;
-};
-
-class KeyBlock {
- public:
-  explicit KeyBlock(const Problem& p)
-      : k_(p.dim * kLanes), v_(p.dim * kLanes), dk_(p.dim * kLanes), dv_(p.dim * kLanes), phi_(p.dim * kLanes),
-        d_phi_(p.dim * kLanes), p_(kLanes * kLanes), ds_(kLanes * kLanes) {}
-
-  // d_state: dh_j and dz_j; null without a linear branch.
-  template <class T>
-  void run(const Inputs& in, int64_t head, int64_t block, const float* d_state, const Gradients<T>& out) {
-    const Problem& p = in.p;
-    rows_.clear();
-    for (int64_t i = 0; i < p.q_blocks(); ++i)
-      if (in.map[(head * p.q_blocks() + i) * p.k_blocks() + block] == 1) rows_.push_back(i);
-    const int64_t batch = head / p.heads, visible = in.seen.count[batch * p.k_blocks() + block];
-    for (int64_t t = 0; t < visible; t += kLanes) {
-      const int64_t n = std::min(kLanes, visible - t), key = block * p.block_k + t;
-      sparse(in, head, key, n);
-      if (d_state != nullptr) linear(p, n, d_state);
-      const int64_t* index = in.seen.index.empty() ? nullptr : in.seen.index.data() + batch * p.keys + key;
-      const int64_t at = (head * p.keys + (index == nullptr ? key : 0)) * p.dim;
-      from_lanes(dk_, n, p.dim, out.k + at, index);
-      from_lanes(dv_, n, p.dim, out.v + at, index);
-    }
-  }
-
- private:
-  void sparse(const Inputs& in, int64_t head, int64_t key, int64_t n) {
-    const Problem& p = in.p;
-    const int64_t width = round_up(n, kVec);
-    to_lanes(in.k.head(head) + key * in.k.stride(), in.k.stride(), n, p.dim, 1.f, phi_);
-    scale_lanes(phi_, p.dim, width, p.scale * kLog2E, k_);
-    to_lanes(in.v.head(head) + key * in.v.stride(), in.v.stride(), n, p.dim, 1.f, v_);
-    std::fill(dk_ + 0, dk_ + p.dim * kLanes, 0.f);
-    std::fill(dv_ + 0, dv_ + p.dim * kLanes, 0.f);
-    for (const int64_t i : rows_) {
-      const int64_t last = std::min(p.queries, (i + 1) * p.block_q);
-      for (int64_t row = i * p.block_q; row < last; row += kLanes) {
-        const int64_t m = std::min(kLanes, last - row), at = head * p.queries + row;
-        const float *q = in.q.head(head) + row * in.q.stride(), *grad = in.d_sparse + at * p.dim;
-        product(m, width, p.dim, {q, in.q.stride(), 1}, k_, kLanes, p_, kLanes, false);  // [m, D] @ [D, lanes]
-        product(m, width, p.dim, {grad, p.dim, 1}, v_, kLanes, ds_, kLanes, false);      // [m, D] @ [D, lanes]
-        for (int64_t r = 0; r < m; ++r) {
-          const float shift = in.lse[at + r] * kLog2E, base = in.offset[at + r];
-          for (int64_t c = r * kLanes; c < r * kLanes + width; c += kVec) {
-            const Floats weight = exp2(load(p_ + c) - shift);
-            store(p_ + c, weight);
-            store(ds_ + c, weight * (load(ds_ + c) - base));
-          }
-        }
-        product(p.dim, width, m, {grad, 1, p.dim}, p_, kLanes, dv_, kLanes, true);        // [D, m] @ [m, lanes]
-        product(p.dim, width, m, {q, 1, in.q.stride()}, ds_, kLanes, dk_, kLanes, true);  // [D, m] @ [m, lanes]
-      }
-    }
-    scale_lanes(dk_, p.dim, width, p.scale, dk_);
-  }
-
-  // After `sparse`, which left k in phi_ and v in v_.
-  void linear(const Problem& p, int64_t n, const float* d_state) {
-    const int64_t width = round_up(n, kVec), padded = p.padded();
-    const float* d_z = d_state + p.dim * padded;
-    feature_lanes(p.feature, phi_, p.dim, width);
-    product(p.dim, width, p.dim, {d_state, padded, 1}, v_, kLanes, d_phi_, kLanes, false);  // dh [D, D] @ [D, lanes]
-    for (int64_t d = 0; d < p.dim; ++d)
-      for (int64_t c = 0; c < width; c += kVec) store(d_phi_ + d * kLanes + c, load(d_phi_ + d * kLanes + c) + d_z[d]);
-    product(p.dim, width, p.dim, {d_state, 1, padded}, phi_, kLanes, dv_, kLanes, true);  // dh^T [D, D] @ [D, lanes]
-    feature_backward(p.feature, phi_, d_phi_, dk_, p.dim, width);
-  }
-
-  Scratch k_, v_, dk_, dv_, phi_, d_phi_, p_, ds_;
-  std::vector<int64_t> rows_;
-};
-
-template <class T>
+template <class T, class Sparse>
 void run(const Inputs& in, const Gradients<T>& out) {
   const Problem& p = in.p;
   const bool linear = in.d_linear != nullptr, all = p.scope == Scope::kAll;
-  const int64_t nq = p.q_blocks(), nk = p.k_blocks(), size = p.state();
-  const int64_t parts = segments(p), q_states = all ? 1 : nq, k_states = all ? 1 : nk, cover = all ? 0 : nq * nk;
-  const int64_t a_head = (std::max(parts, k_states) + q_states + nq) * size + cover;
-  const int64_t step = linear ? heads_at_a_time(p, a_head) : std::max<int64_t>(p.all_heads(), 1), held = linear ? step : 0;
-  Scratch states(held * std::max(parts, k_states) * size), sums(held * q_states * size), d_sums(held * nq * size),
-      covered(held * cover);
+  const int64_t nq = p.q_blocks(), nk = p.k_blocks(), padded = p.padded(), parts = parts_of(p);
+  const int64_t state = linear ? p.state() : 0, segments_ = segments(p);
+  const int64_t q_states = all ? 1 : nq, k_states = all ? 1 : nk, d_states = all ? parts : nq;
+  const int64_t cover = linear && !all ? nq * nk : 0;
+  const int64_t tall = Sparse::height(p), sums_size = nk * tall * padded, words = Sparse::words(p);
+  const int64_t a_head = (std::max(segments_, k_states) + q_states + d_states) * state + cover + words / 2 +
+                         2 * parts * sums_size;
+  // Few heads at a time keep what they hold near, and need not be many for threads that share their tasks.
+  const int64_t step = std::min(heads_at_a_time(p, a_head), std::max<int64_t>(4, 2 * torch::stable::get_num_threads()));
+  const int64_t held = std::min(step, std::max<int64_t>(p.all_heads(), 1));
+  Pages<float> states(held * std::max(segments_, k_states) * state), sums(held * q_states * state),
+      d_sums(held * d_states * state), covered(held * cover), key_sums(held * parts * 2 * sums_size);
+  Pages<uint16_t> packed(held * words);
+  std::vector<uint8_t> touched(held * parts * nk);
+  std::vector<Plan> plans(held);
   const float* mask = all ? nullptr : static_cast<float*>(covered);
   for (int64_t first = 0; first < p.all_heads(); first += step) {
     const int64_t heads = std::min(step, p.all_heads() - first);
     if (linear) {
-      key_states(p, in.k, in.v, in.seen, first, heads, states);
+      states_of_keys(in, first, heads, states);
       if (!all) cover_of(p, in.map, first, heads, covered);
-      combine(heads, q_states, parts, size, mask, false, states, sums);
+      combine(heads, q_states, segments_, p.state(), mask, false, states, sums);
     }
-    torch::stable::parallel_for(0, heads * nq, 1, [&](int64_t begin, int64_t end) {
-      QueryBlock work(p);
-      for (int64_t task = begin; task < end; ++task) {
-        const float* state = linear ? sums + (all ? task / nq : task) * size : nullptr;
-        work.run(in, first + task / nq, task % nq, state, linear ? d_sums + task * size : nullptr, out.q);
-      }
+    std::fill(touched.begin(), touched.end(), uint8_t{0});
+    tasks(heads, [&] { return [&](int64_t head) { plans[head] = plan(in, first + head, parts); }; });
+    if (words > 0)
+      tasks(heads * nk, [&] {
+        return [&, sparse = std::make_unique<Sparse>(p)](int64_t task) {
+          sparse->pack_keys(in, first + task / nk, task % nk, packed + task / nk * words);
+        };
+      });
+    tasks(heads * parts, [&] {
+      return [&, sparse = std::make_unique<Sparse>(p), more = std::make_unique<LinearQueries>(p),
+              dq = std::make_unique<Scratch>(Sparse::kChunk * padded)](int64_t task) {
+        const int64_t local = task / parts, part = task % parts, head = first + local;
+        const Plan& plan = plans[local];
+        const KeySums mine{key_sums + task * 2 * sums_size, key_sums + (task * 2 + 1) * sums_size,
+                           touched.data() + task * nk};
+        if (linear && all) std::fill_n(d_sums + task * state, state, 0.f);
+        for (int64_t i = plan.starts[part]; i < plan.starts[part + 1]; ++i) {
+          const float* h = linear ? sums + (all ? local : local * nq + i) * state : nullptr;
+          float* d_h = linear ? d_sums + (all ? task : local * nq + i) * state : nullptr;
+          if (linear && !all) std::fill_n(d_h, state, 0.f);
+          const int64_t last = std::min(p.queries, (i + 1) * p.block_q);
+          for (int64_t row = i * p.block_q; row < last; row += Sparse::kChunk) {
+            const int64_t rows = std::min(Sparse::kChunk, last - row);
+            sparse->run(in, head, row, rows, plan.critical[i], packed + local * words, mine, *dq);
+            for (int64_t r = 0; r < rows; r += kLanes) {
+              const int64_t n = std::min(kLanes, rows - r);
+              float* lanes = *dq + r * padded;
+              if (linear) more->run(in, head, row + r, n, h, d_h, lanes);
+              from_lanes(lanes, n, p.dim, out.q + (head * p.queries + row + r) * p.dim);
+            }
+          }
+        }
+      };
     });
-    if (linear) combine(heads, k_states, nq, size, mask, true, d_sums, states);  // the h_j are no longer needed
-    torch::stable::parallel_for(0, heads * nk, 1, [&](int64_t begin, int64_t end) {
-      KeyBlock work(p);
-      for (int64_t task = begin; task < end; ++task)
-        work.run(in, first + task / nk, task % nk, linear ? states + (all ? task / nk : task) * size : nullptr, out);
+    if (linear) combine(heads, k_states, d_states, p.state(), mask, true, d_sums, states);  // the h_j are done with
+    tasks(heads * nk, [&] {
+      return [&, more = std::make_unique<LinearKeys>(p), rows = std::make_unique<Scratch>(2 * kLanes * padded)](
+                 int64_t task) {
+        const int64_t local = task / nk, j = task % nk, head = first + local, batch = head / p.heads;
+        const float* d_h = linear ? states + (all ? local : task) * state : nullptr;
+        std::vector<const float*> dks, dvs;
+        for (int64_t part = 0; part < parts; ++part)
+          if (touched[(local * parts + part) * nk + j] != 0) {
+            const float* sums_of = key_sums + (local * parts + part) * 2 * sums_size + j * tall * padded;
+            dks.push_back(sums_of), dvs.push_back(sums_of + sums_size);
+          }
+        float *dk = *rows, *dv = dk + kLanes * padded;
+        const int64_t count = static_cast<int64_t>(dks.size()), visible = in.visible(head, j);
+        for (int64_t t = 0; t < visible; t += kLanes) {
+          const int64_t n = std::min(kLanes, visible - t), key = j * p.block_k + t;
+          gather(dks.data(), count, n * padded, p.scale, dk);
+          gather(dvs.data(), count, n * padded, 1.f, dv);
+          for (const float*& x : dks) x += n * padded;
+          for (const float*& x : dvs) x += n * padded;
+          if (linear) more->run(in, head, key, n, d_h, dk, dv);
+          for (int64_t r = 0; r < n; ++r) {
+            const int64_t token = in.seen.index.empty() ? key + r : in.seen.index[batch * p.keys + key + r];
+            T *to_k = out.k + (head * p.keys + token) * p.dim, *to_v = out.v + (head * p.keys + token) * p.dim;
+            for (int64_t d = 0; d < p.dim; ++d) store_value(to_k + d, dk[r * padded + d]);
+            for (int64_t d = 0; d < p.dim; ++d) store_value(to_v + d, dv[r * padded + d]);
+          }
+        }
+      };
     });
   }
 }
 
-void check_floats(const char* name, const Tensor& x, int64_t elements) {
+template <class T>
+void choose(const Inputs& in, const Gradients<T>& out) {
+#if defined(__AMX_BF16__)
+  constexpr int kPlanes = std::is_same_v<T, float> ? 3 : 1;
+  if (TileSparse<kPlanes>::takes(in.p)) return run<T, TileSparse<kPlanes>>(in, out);
+#endif
+  run<T, VectorSparse>(in, out);
+}
+
+// [B, H, Lq] rowsum(a b), less what is given. a and b: [B, H, Lq, D].
+void row_dots(const Problem& p, const Source& a, const Source& b, const float* less, float* out) {
+  const int64_t pieces = (p.queries + kLanes - 1) / kLanes, padded = p.padded();
+  tasks(p.all_heads() * pieces, [&] {
+    return [&, rows = std::make_unique<Scratch>(2 * kLanes * padded)](int64_t task) {
+      const int64_t head = task / pieces, row = task % pieces * kLanes, n = std::min(kLanes, p.queries - row);
+      int64_t a_stride, b_stride;
+      const float* x = a.rows(head, row, n, *rows, padded, false, a_stride);
+      const float* y = b.rows(head, row, n, *rows + kLanes * padded, padded, false, b_stride);
+      for (int64_t r = 0; r < n; ++r) {
+        const float *left = x + r * a_stride, *right = y + r * b_stride;
+        float sum = 0.f;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t d = 0; d < p.dim; ++d) sum += left[d] * right[d];
+        const int64_t at = head * p.queries + row + r;
+        out[at] = less == nullptr ? sum : sum - less[at];
+      }
+    };
+  });
+}
+
+void check_rows(const char* name, const Tensor& x, const Problem& p) {
+  check_that(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16, kOp,
+             std::string(name) + " in float32 or bfloat16");
+  check_dim(kOp, name, x, 4);
+  const int64_t sizes[] = {p.batch, p.heads, p.queries, p.dim};
+  for (int64_t i = 0; i < 4; ++i) check_equal(kOp, name, sizes[i], x.size(i));
+}
+
+void check_floats(const char* name, const Tensor& x, const Problem& p) {
   check_that(x.scalar_type() == ScalarType::Float, kOp, std::string(name) + " in float32");
   check_contiguous(kOp, name, x);
-  check_equal(kOp, name, elements, x.numel());
+  check_equal(kOp, name, p.all_heads() * p.queries, x.numel());
 }
 
 std::tuple<Tensor, Tensor, Tensor> sla_backward(
-    Tensor q, Tensor k, Tensor v, Tensor map, Tensor lse, Tensor offset, Tensor d_sparse, OptionalTensor d_rows,
-    OptionalTensor d_linear, OptionalTensor key_mask, int64_t block_q, int64_t block_k, int64_t feature, int64_t scope,
+    Tensor q, Tensor k, Tensor v, Tensor map, Tensor o_sparse, Tensor lse, Tensor d_sparse, OptionalTensor d_linear,
+    OptionalTensor d_lse, OptionalTensor key_mask, int64_t block_q, int64_t block_k, int64_t feature, int64_t scope,
     double scale) {
   const Problem p = problem(kOp, q, k, v, map, block_q, block_k, feature, scope, scale);
-  const int64_t rows = p.all_heads() * p.queries;
-  check_floats("lse", lse, rows);
-  check_floats("offset", offset, rows);
-  check_floats("d_sparse", d_sparse, rows * p.dim);
-  check_that(d_rows.has_value() == d_linear.has_value(), kOp, "d_rows and d_linear together");
-  if (d_linear) check_floats("d_linear", *d_linear, rows * p.dim), check_floats("d_rows", *d_rows, rows);
+  check_floats("lse", lse, p);
+  if (d_lse) check_floats("d_lse", *d_lse, p);
+  check_rows("o_sparse", o_sparse, p);
+  check_rows("d_sparse", d_sparse, p);
+  if (d_linear) check_rows("d_linear", *d_linear, p);
   const Visible seen = visible_keys(kOp, p, key_mask);
-  const Rows q_rows(q), k_rows = key_rows(k, seen, block_k), v_rows = key_rows(v, seen, block_k);
+  const int64_t* index = key_mask ? seen.index.data() : nullptr;
+  const Source q_rows(q), k_rows(k, index), v_rows(v, index), d_sparse_rows(d_sparse);
+  const std::optional<Source> d_linear_rows = d_linear ? std::optional<Source>(*d_linear) : std::nullopt;
   Tensor dq = new_like_dtype(q, {p.batch, p.heads, p.queries, p.dim});
   Tensor dk = new_like_dtype(q, {p.batch, p.heads, p.keys, p.dim});
   Tensor dv = new_like_dtype(q, {p.batch, p.heads, p.keys, p.dim});
   if (key_mask) torch::stable::zero_(dk), torch::stable::zero_(dv);  // rows that nobody sees
-  const Inputs in{p, q_rows, k_rows, v_rows, seen, map.const_data_ptr<int8_t>(), lse.const_data_ptr<float>(),
-                  offset.const_data_ptr<float>(), d_sparse.const_data_ptr<float>(), floats(d_linear), floats(d_rows)};
+  Scratch offset(p.all_heads() * p.queries);
+  row_dots(p, d_sparse_rows, Source(o_sparse), floats(d_lse), offset);
+  const Inputs in{p, q_rows, k_rows, v_rows, seen, map.const_data_ptr<int8_t>(), lse.const_data_ptr<float>(), offset,
+                  d_sparse_rows, d_linear_rows ? &*d_linear_rows : nullptr};
   const auto outputs = [&]<class T>(T*) {
-    run(in, Gradients<T>{static_cast<T*>(dq.mutable_data_ptr()), static_cast<T*>(dk.mutable_data_ptr()),
-                         static_cast<T*>(dv.mutable_data_ptr())});
+    choose(in, Gradients<T>{static_cast<T*>(dq.mutable_data_ptr()), static_cast<T*>(dk.mutable_data_ptr()),
+                            static_cast<T*>(dv.mutable_data_ptr())});
   };
   if (q.scalar_type() == ScalarType::Float)
     outputs(static_cast<float*>(nullptr));

@@ -21,6 +21,11 @@ def _float32(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.to(torch.float32).contiguous()
 
 
+def _readable(x: Tensor | None) -> Tensor | None:
+    """A dtype that the backward's kernel reads, exact where it can be."""
+    return x if x is None or x.dtype in (torch.float32, torch.bfloat16) else x.to(torch.float32)
+
+
 def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
@@ -43,15 +48,11 @@ def _cpu_forward(q, k, v, block_map, weight, bias, alpha, key_mask, settings: Se
         settings.block_q, settings.block_k, *_codes(settings), settings.scale, parts)
 
 
-def _cpu_backward(q, k, v, block_map, o_sparse, o_linear, lse, d_sparse, d_linear, d_lse, key_mask, settings: Settings):
-    d_sparse, d_linear = _float32(d_sparse), _float32(d_linear)
-    offset = (d_sparse * o_sparse).sum(-1)  # D_s - dL
-    if d_lse is not None:
-        offset = offset - d_lse
-    d_rows = None if d_linear is None else (d_linear * o_linear).sum(-1)
+def _cpu_backward(q, k, v, block_map, o_sparse, _o_linear, lse, d_sparse, d_linear, d_lse, key_mask,
+                  settings: Settings):
     return native.sla_backward(
-        q, k, v, block_map.contiguous(), lse.contiguous(), offset, d_sparse, d_rows, d_linear, _contiguous(key_mask),
-        settings.block_q, settings.block_k, *_codes(settings), settings.scale)
+        q, k, v, block_map.contiguous(), o_sparse, lse.contiguous(), _readable(d_sparse), _readable(d_linear),
+        _float32(d_lse), _contiguous(key_mask), settings.block_q, settings.block_k, *_codes(settings), settings.scale)
 
 
 register("sla.route", (
