@@ -39,7 +39,17 @@ NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=h
 
 
 def cpu_levels():
-    return X86_LEVELS if platform.machine() in ("x86_64", "AMD64") else {"base": []}
+    """The levels to compile. TRISKELE_BUILD_LEVELS="base amx" leaves the others out: a quicker build, for trials."""
+    levels = X86_LEVELS if platform.machine() in ("x86_64", "AMD64") else {"base": []}
+    wanted = os.environ.get("TRISKELE_BUILD_LEVELS", "").split() or list(levels)
+    if "base" not in wanted or not set(wanted) <= set(levels):
+        sys.exit(f"TRISKELE_BUILD_LEVELS: expected base and any of {', '.join(levels)}, got {' '.join(wanted)}")
+    return {level: flags for level, flags in levels.items() if level in wanted}
+
+
+def has_levels():
+    """What csrc/cpu/register.cpp is told about them."""
+    return [f"-DTRISKELE_HAS_{level}={int(level in cpu_levels())}" for level in X86_LEVELS]
 
 
 def torch_paths():
@@ -103,7 +113,7 @@ class NinjaBuild(build_ext):
         objects = []
         for name in ("schema.cpp", "cpu/register.cpp"):
             objects.append(f"{Path(name).stem}.o")
-            lines.append(f"build {objects[-1]}: cxx {sources / name}")
+            lines += [f"build {objects[-1]}: cxx {sources / name}", f"  level = {' '.join(has_levels())}"]
         for level, flags in cpu_levels().items():
             for path in sorted((sources / "cpu").glob("*.cpp")):
                 if path.name == "register.cpp":

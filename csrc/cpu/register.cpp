@@ -15,6 +15,7 @@ namespace triskele {
 
 enum Level { kBase, kAvx2, kAvx512, kAmx };
 constexpr const char* kLevelNames[] = {"base", "avx2", "avx512", "amx"};
+constexpr bool kBuilt[] = {true, TRISKELE_HAS_avx2, TRISKELE_HAS_avx512, TRISKELE_HAS_amx};  // setup.py says
 
 #if defined(__x86_64__)
 // The kernel keeps the 8 KiB of tile data only for processes that asked: until then a tile instruction is a fault. The
@@ -48,15 +49,20 @@ Level best_level() {
 // The level to register; `problem` says what is wrong with TRISKELE_CPU_LEVEL. No exception here: this runs while the
 // library is loaded, where one would end the process.
 Level level(std::string* problem = nullptr) {
-  const Level best = best_level();
+  int best = best_level();
+  while (!kBuilt[best]) --best;
   const char* forced = std::getenv("TRISKELE_CPU_LEVEL");
-  if (forced == nullptr || *forced == '\0') return best;
-  for (int i = 0; i <= best; ++i)
+  if (forced == nullptr || *forced == '\0') return static_cast<Level>(best);
+  std::string choices;
+  for (int i = 0; i <= best; ++i) {
+    if (!kBuilt[i]) continue;
     if (std::string(forced) == kLevelNames[i]) return static_cast<Level>(i);
+    choices += (i ? ", " : "") + std::string(kLevelNames[i]);
+  }
   if (problem != nullptr)
-    *problem = "TRISKELE_CPU_LEVEL: expected a level up to '" + std::string(kLevelNames[best]) +
-               "' of base, avx2, avx512, amx, got '" + forced + "'";
-  return best;
+    *problem = "TRISKELE_CPU_LEVEL: expected one of " + choices + " (the levels of this CPU and this build), got '" +
+               forced + "'";
+  return static_cast<Level>(best);
 }
 
 // Python calls this right after loading, and refuses the library where it throws.
@@ -76,9 +82,13 @@ STABLE_TORCH_LIBRARY_IMPL(triskele_native, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(triskele_native, CPU, m) {
 #define TRISKELE_REGISTER(family) register_##family(m);
   switch (triskele::level()) {
-#if defined(__x86_64__)
+#if TRISKELE_HAS_amx
     case triskele::kAmx: { using namespace triskele::amx; TRISKELE_FAMILIES(TRISKELE_REGISTER) break; }
+#endif
+#if TRISKELE_HAS_avx512
     case triskele::kAvx512: { using namespace triskele::avx512; TRISKELE_FAMILIES(TRISKELE_REGISTER) break; }
+#endif
+#if TRISKELE_HAS_avx2
     case triskele::kAvx2: { using namespace triskele::avx2; TRISKELE_FAMILIES(TRISKELE_REGISTER) break; }
 #endif
     default: { using namespace triskele::base; TRISKELE_FAMILIES(TRISKELE_REGISTER) break; }

@@ -1,16 +1,18 @@
 """Loads libtriskele_cpu.so and libtriskele_cuda.so, or says why they are not there.
 
 The libraries register raw ops under `torch.ops.triskele_native`; nothing but the `backends.py` tables calls those.
+TRISKELE_NATIVE_DIR names another folder to load them from: a build with sanitizers, say.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 
 import torch
 
-_FOLDER = Path(__file__).parent
+_FOLDER = Path(os.environ.get("TRISKELE_NATIVE_DIR") or Path(__file__).parent)
 _BUILD = "build it with `pip install --no-build-isolation -e .` in the source tree (needs a C++ compiler)"
 
 

@@ -33,7 +33,10 @@ class SparseProcessor:
         if self._parallel_config is not None:
             raise ValueError("context parallelism: expected none on a model with sparse attention (each device would "
                              "route its own part of the tokens); restore() the patch, or disable it")
-        k, v = k.to(q.dtype), v.to(q.dtype)
+        # Autocast knows torch's own attention, not this op; and a norm may have answered in float32.
+        device = q.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q.dtype
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         core = getattr(attn, self.child)
         if self.child == SLA_CHILD:
             return core(q, k, v, keep_keys=[(0, text)] if text else None, key_mask=key_mask)

@@ -139,7 +139,8 @@ def activation_codes(z: torch.Tensor, activation: str, unsigned: bool = False) -
     else:
         levels = 15.0 if unsigned and activation == "int4" else _LEVELS[activation]
         scales = safe / levels
-        codes = (grouped * (levels / safe)).clamp(-levels, levels)
+        factor = torch.full_like(safe, levels) / safe  # torch takes `number / tensor` as 1 / tensor * number
+        codes = (grouped * factor).clamp(-levels, levels)
         codes = codes.to(torch.float8_e4m3fn).float() if activation == "fp8" else codes.round()
     codes = torch.where(dead | amax.isnan(), torch.zeros_like(codes), codes)
     return codes, torch.where(dead, torch.zeros_like(scales), scales).squeeze(-1)

@@ -74,7 +74,9 @@ def feature(x: Tensor, kind: str) -> Tensor:
     """phi(x)."""
     if kind == "softmax":
         return x.softmax(-1)
-    return torch.nn.functional.elu(x) + 1 if kind == "elu" else x.relu()
+    if kind == "elu":  # elu(x) + 1 without its cancellation: e^x stays above zero
+        return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+    return x.relu()
 
 
 def feature_backward(x: Tensor, phi: Tensor, grad: Tensor, kind: str) -> Tensor:
