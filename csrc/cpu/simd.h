@@ -6,6 +6,10 @@
 #include <new>
 #include <utility>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace triskele::TRISKELE_LEVEL {
 
 #if defined(__AVX512F__)
@@ -26,6 +30,21 @@ inline Floats splat(float x) { return x - Floats{}; }  // x + 0 would cost an ad
 inline Floats bigger(Floats a, Floats b) { return a > b ? a : b; }  // b where a is NaN
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+#if defined(__AVX512F__)
+// 2^x within 2 units in the last place; 0 below 2^-125 (a subnormal result would take as long as thirty others), inf
+// above the range, NaN of NaN.
+inline Floats exp2(Floats x) {
+  const Floats f = _mm512_maskz_reduce_ps(0xFFFF, x, 1);  // x - floor(x)
+  Floats p = splat(2.17022555e-4f);                       // minimax of 2^f, relative error 1.9e-9 in exact arithmetic
+  p = p * f + 1.24396878e-3f;
+  p = p * f + 9.67884100e-3f;
+  p = p * f + 5.54833420e-2f;
+  p = p * f + 2.40229836e-1f;
+  p = p * f + 6.93146984e-1f;
+  p = p * f + 1.f;
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, splat(-125.f), _CMP_NLT_UQ), p, x);  // times 2^floor(x)
+}
+#else
 // 2^x within 2 units in the last place; 0 below 2^-126, inf above the range, NaN of NaN.
 inline Floats exp2(Floats x) {
   constexpr float kShift = 12582912.f;  // 1.5 * 2^23: adding it leaves round(x) in the low bits
@@ -44,6 +63,7 @@ inline Floats exp2(Floats x) {
   const Ints bits = (n + 127) << 23;
   return p * reinterpret_cast<Floats>(bits);
 }
+#endif
 
 // One step of a transposition: swaps the blocks of `Distance` lanes off the diagonal of the pair (a, b).
 template <int Distance, bool High, int... Lane>

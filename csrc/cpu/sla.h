@@ -223,14 +223,28 @@ inline void feature_lanes(Feature feature, float* x, int64_t dim, int64_t width)
         store(column + d * kLanes, value > 0.f ? value + 1.f : exp2(value * kLog2E));
       }
     } else {
-      Floats top = load(column), sum{};
-      for (int64_t d = 1; d < dim; ++d) top = bigger(load(column + d * kLanes), top);
-      for (int64_t d = 0; d < dim; ++d) {
-        const Floats value = exp2((load(column + d * kLanes) - top) * kLog2E);
-        sum += value;
-        store(column + d * kLanes, value);
+      // Two chains of maxima and of sums: one alone would wait for itself.
+      const int64_t even = dim / 2 * 2;
+      Floats top = load(column), other = top, sum{}, rest{};
+      for (int64_t d = 0; d < even; d += 2) {
+        top = bigger(load(column + d * kLanes), top);
+        other = bigger(load(column + (d + 1) * kLanes), other);
       }
-      for (int64_t d = 0; d < dim; ++d) store(column + d * kLanes, load(column + d * kLanes) / sum);
+      if (even < dim) top = bigger(load(column + even * kLanes), top);
+      top = bigger(top, other);
+      const auto power = [&](int64_t d) {
+        const Floats value = exp2((load(column + d * kLanes) - top) * kLog2E);
+        store(column + d * kLanes, value);
+        return value;
+      };
+      for (int64_t d = 0; d < even; d += 2) {
+        sum += power(d);
+        rest += power(d + 1);
+      }
+      if (even < dim) sum += power(even);
+      sum += rest;
+      const Floats inverse = 1.f / sum;
+      for (int64_t d = 0; d < dim; ++d) store(column + d * kLanes, load(column + d * kLanes) * inverse);
     }
   }
 }

@@ -3,6 +3,7 @@
 // on tiles in cache. The states come first: h_j of every key block, then H_i = sum over the scope of h_j.
 #include "cpu/level.h"
 #include "cpu/sla.h"
+#include "cpu/sla_forward_amx.h"
 
 namespace triskele::TRISKELE_LEVEL {
 namespace {
@@ -185,23 +186,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sla_forward(
   if (bias) check_equal(kOp, "bias elements", p.dim, bias->numel());
   if (alpha) check_equal(kOp, "alpha elements", p.all_heads() * p.queries, alpha->numel());
   const Visible seen = visible_keys(kOp, p, key_mask);
-  const Rows q_rows(q), k_rows = key_rows(k, seen, block_k), v_rows = key_rows(v, seen, block_k);
   Tensor o = new_like_dtype(q, {p.batch, p.heads, p.queries, p.dim});
   Tensor o_sparse = parts ? new_like_dtype(q, {p.batch, p.heads, p.queries, p.dim}) : new_like_dtype(q, {0});
   Tensor o_linear = parts ? new_like_dtype(q, {p.batch, p.heads, p.queries, p.dim}) : new_like_dtype(q, {0});
   Tensor lse = new_floats(q, {p.batch, p.heads, p.queries});
-  const Inputs in{p, q_rows, k_rows, v_rows, seen, map.const_data_ptr<int8_t>(), floats(weight), floats(bias),
-                  floats(alpha)};
   const bool linear = parts || weight || alpha;
-  const auto outputs = [&]<class T>(T*) {
+  const auto attend = [&]<class T>(T*) {
     const auto part = [&](Tensor& x) { return parts ? static_cast<T*>(x.mutable_data_ptr()) : nullptr; };
-    run(in, linear, Outputs<T>{static_cast<T*>(o.mutable_data_ptr()), part(o_sparse), part(o_linear),
-                               lse.mutable_data_ptr<float>()});
+    T* const all = static_cast<T*>(o.mutable_data_ptr());
+#if defined(__AMX_BF16__)
+    if (sla_tiles::pays(p))
+      return sla_tiles::run<T>(p, q, k, v, seen, map.const_data_ptr<int8_t>(), floats(weight), floats(bias),
+                               floats(alpha), linear, {all, part(o_sparse), part(o_linear), lse.mutable_data_ptr<float>()});
+#endif
+    const Rows q_rows(q), k_rows = key_rows(k, seen, block_k), v_rows = key_rows(v, seen, block_k);
+    const Inputs in{p, q_rows, k_rows, v_rows, seen, map.const_data_ptr<int8_t>(), floats(weight), floats(bias),
+                    floats(alpha)};
+    run(in, linear, Outputs<T>{all, part(o_sparse), part(o_linear), lse.mutable_data_ptr<float>()});
   };
   if (q.scalar_type() == ScalarType::Float)
-    outputs(static_cast<float*>(nullptr));
+    attend(static_cast<float*>(nullptr));
   else
-    outputs(static_cast<uint16_t*>(nullptr));
+    attend(static_cast<uint16_t*>(nullptr));
   return {o, o_sparse, o_linear, lse};
 }
 

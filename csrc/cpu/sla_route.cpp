@@ -23,10 +23,26 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr const char* kOp = "sla_route";
+constexpr int kColumns = 2 * kVec;  // of a row whose sums, in float64, are held in registers
+constexpr int64_t kAhead = 48;        // rows between what is read and what is fetched
 
 double widen(float x) { return x; }
 double widen(double x) { return x; }
 double widen(uint16_t x) { return from_bfloat16(x); }
+
+// sum += the visible ones of `count` rows, `Columns` of them: their sums stay in registers meanwhile.
+template <class T, int Columns>
+void add_rows(const T* rows, int64_t stride, int64_t count, const bool* mask, double* sum) {
+  double total[Columns];
+  std::copy_n(sum, Columns, total);
+  for (int64_t r = 0; r < count; ++r, rows += stride) {
+    __builtin_prefetch(rows + kAhead * stride), __builtin_prefetch(rows + kAhead * stride + Columns - 1);
+    if (mask != nullptr && !mask[r]) continue;
+#pragma GCC unroll 64
+    for (int d = 0; d < Columns; ++d) total[d] += widen(rows[d]);
+  }
+  std::copy_n(total, Columns, sum);
+}
 
 // Mean of the visible rows of every block of x [B, H, L, D] -> means [B, H, blocks, D]; zero where there is none.
 template <class T>
@@ -36,20 +52,23 @@ void block_means(const Tensor& x, const T* data, int64_t block, const bool* mask
   torch::stable::parallel_for(0, x.size(0) * heads * blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t j = task % blocks, h = task / blocks % heads, b = task / blocks / heads;
-      const T* source = data + b * s0 + h * s1;
+      const int64_t first = j * block, rows = std::min(block, length - first);
+      const T* source = data + b * s0 + h * s1 + first * s2;
+      const bool* shown = mask == nullptr ? nullptr : mask + b * length + first;
       double* mean = means + task * dim;
       std::fill(mean, mean + dim, 0.0);
-      int64_t count = 0;
-      for (int64_t t = j * block; t < std::min(length, (j + 1) * block); ++t) {
-        if (mask != nullptr && !mask[b * length + t]) continue;
-        ++count;
-        const T* row = source + t * s2;
-        if (s3 == 1)
-          for (int64_t d = 0; d < dim; ++d) mean[d] += widen(row[d]);
-        else
-          for (int64_t d = 0; d < dim; ++d) mean[d] += widen(row[d * s3]);
+      int64_t count = rows;
+      if (shown != nullptr) count = std::count(shown, shown + rows, true);
+      int64_t d = 0;
+      for (; s3 == 1 && d + kColumns <= dim; d += kColumns)
+        add_rows<T, kColumns>(source + d, s2, rows, shown, mean + d);
+      for (; d < dim; ++d) {
+        double sum = 0.0;
+        for (int64_t t = 0; t < rows; ++t)
+          if (shown == nullptr || shown[t]) sum += widen(source[t * s2 + d * s3]);
+        mean[d] = sum;
       }
-      for (int64_t d = 0; d < dim && count > 0; ++d) mean[d] /= count;
+      for (int64_t i = 0; i < dim && count > 0; ++i) mean[i] /= count;
     }
   });
 }
