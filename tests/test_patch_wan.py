@@ -214,3 +214,14 @@ def test_repeated_blocks_compile_by_themselves():
         torch._dynamo.reset()
         model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(model(**inputs, return_dict=False)[0], want, rtol=1e-4, atol=1e-4)
+
+
+def test_sparse_attention_follows_autocast():
+    """Norms answer in float32 under autocast; torch's own attention is cast back, and so is this one."""
+    model, seen = tiny.wan_model(), []
+    with tk.patch(model, attention=tk.SLA(keep=1.0)):
+        for block in model.blocks:
+            block.attn1.triskele_sla.register_forward_pre_hook(lambda _, args: seen.extend(x.dtype for x in args[:3]))
+        with torch.autocast("cpu", torch.bfloat16):
+            model(**tiny.wan_inputs())
+    assert seen == [torch.bfloat16] * 6
