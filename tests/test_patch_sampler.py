@@ -211,5 +211,6 @@ def test_with_the_other_arms(family, arms):
     with tk.patch(pipe, **arms, sampler=tk.ParaTAA(window=3, **TIGHT)) as handle:
         got = call(pipe, steps=5)
         assert handle.sampler.last[0].converged
-    assert_same(got, want, tolerance=1e-3)      # one ulp can move a routing decision or a rounding to 8 bits
+    # One ulp can move a routing decision, or a rounding to 8 bits: a step of 1/127 of a token's largest value.
+    assert_same(got, want, tolerance=5e-3)
     assert float((call(pipe, steps=5) - want).abs().max()) > 0
