@@ -608,7 +608,7 @@ Tensor taa_update(const Tensor& x, const Tensor& residual, std::vector<Tensor> p
 }  // namespace
 }  // namespace triskele::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(triskele_native, CUDA, m) {
+TRISKELE_CUDA_OPS(m) {
   m.impl("taa_residual", TORCH_BOX(&triskele::cuda::taa_residual));
   m.impl("taa_gamma", TORCH_BOX(&triskele::cuda::taa_gamma));
   m.impl("taa_update", TORCH_BOX(&triskele::cuda::taa_update));

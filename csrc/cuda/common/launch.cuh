@@ -4,6 +4,7 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -22,4 +23,22 @@ struct Launch {
 
 inline void check_launch() { STD_CUDA_CHECK(cudaGetLastError()); }
 
+// kernel<<<grid, block, shared bytes, stream>>>(arguments...), checked; asks for more than 48 KB where it must.
+template <class... Parameters, class... Arguments>
+void launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                   Arguments&&... arguments) {
+  if (shared_bytes > 48 * 1024) {
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(shared_bytes)));
+  }
+  kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
+  check_launch();
+}
+
 }  // namespace triskele::cuda
+
+// The dynamic shared memory of a kernel, aligned for TMA's widest swizzle.
+#define TRISKELE_DYNAMIC_SHARED(type, name) extern __shared__ __align__(1024) type name[]
+
+// Registers a file's kernels for the ops that csrc/schema.cpp defines.
+#define TRISKELE_CUDA_OPS(m) STABLE_TORCH_LIBRARY_IMPL(triskele_native, CUDA, m)
