@@ -73,6 +73,19 @@ inline void split(Floats x, Words* planes) {
   }
 }
 
+// One plane of 32 floats by the CPU's own rounding: nearest, ties to even, subnormal numbers to zero.
+inline Words rounded(Floats first, Floats second) {
+  return reinterpret_cast<Words>(_mm512_cvtne2ps_pbh(second, first));
+}
+
+// 16 bfloat16 and 16 more -> the first of each, the second of each, ...
+inline Words interleaved(Words halves) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                         20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return reinterpret_cast<Words>(
+      _mm512_maskz_permutexvar_epi16(0xFFFFFFFF, order, reinterpret_cast<__m512i>(halves)));
+}
+
 // Depths 2i (`even`) and 2i+1 (`odd`) of 16 columns -> row i of a B tile.
 inline Words pair(Words even, Words odd) { return (even >> 16) | odd; }
 
@@ -87,10 +100,15 @@ inline void store_line(uint16_t* p, Words first, Words second) {
 template <int Planes>
 inline void pack_a(const float* rows, int64_t stride, uint16_t* tile, int64_t plane) {
   for (int64_t r = 0; r < kSide; ++r) {
-    Words first[Planes], second[Planes];
-    split<Planes>(load(rows + r * stride), first);
-    split<Planes>(load(rows + r * stride + kSide), second);
-    for (int p = 0; p < Planes; ++p) store_line(tile + p * plane + r * kDepth, first[p], second[p]);
+    const Floats low = load(rows + r * stride), high = load(rows + r * stride + kSide);
+    if constexpr (Planes == 1) {
+      store(tile + r * kDepth, rounded(low, high));
+    } else {
+      Words first[Planes], second[Planes];
+      split<Planes>(low, first);
+      split<Planes>(high, second);
+      for (int p = 0; p < Planes; ++p) store_line(tile + p * plane + r * kDepth, first[p], second[p]);
+    }
   }
 }
 
@@ -98,10 +116,15 @@ inline void pack_a(const float* rows, int64_t stride, uint16_t* tile, int64_t pl
 template <int Planes>
 inline void pack_b(const float* rows, int64_t stride, uint16_t* tile, int64_t plane) {
   for (int64_t i = 0; i < kSide; ++i) {
-    Words even[Planes], odd[Planes];
-    split<Planes>(load(rows + 2 * i * stride), even);
-    split<Planes>(load(rows + (2 * i + 1) * stride), odd);
-    for (int p = 0; p < Planes; ++p) store(tile + p * plane + i * kDepth, pair(even[p], odd[p]));
+    const Floats upper = load(rows + 2 * i * stride), lower = load(rows + (2 * i + 1) * stride);
+    if constexpr (Planes == 1) {
+      store(tile + i * kDepth, interleaved(rounded(upper, lower)));
+    } else {
+      Words even[Planes], odd[Planes];
+      split<Planes>(upper, even);
+      split<Planes>(lower, odd);
+      for (int p = 0; p < Planes; ++p) store(tile + p * plane + i * kDepth, pair(even[p], odd[p]));
+    }
   }
 }
 

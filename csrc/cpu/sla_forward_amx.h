@@ -9,91 +9,16 @@
 // The linear branch goes the same way: H = phi(K)^T V by segments of keys while they are packed, then H^T phi(Q)^T and
 // the projection W on a tile's lanes.
 #pragma once
+#include "cpu/sla_forward_keys.h"
 #if defined(__AMX_BF16__)
-#include "cpu/amx.h"
-#include "cpu/sla.h"
 
 namespace triskele::TRISKELE_LEVEL::sla_tiles {
 
-constexpr int64_t kStrip = tile::kDepth, kChunk = 2, kBatch = 8;
 constexpr int64_t kSmallestBlock = 16;               // of keys: below it a strip would be padding for the most part
 constexpr int64_t kPackedBytes = int64_t{2} << 20;  // of heads that are packed at a time, at least one
 constexpr float kSlack = 8.f;                        // log2: how far the maximum may rise before sums are rescaled
 
-template <class T>
-constexpr int kPlanes = sizeof(T) == sizeof(float) ? 3 : 1;
-
 inline bool pays(const Problem& p) { return p.block_k >= kSmallestBlock; }
-
-template <class T>
-struct View {  // of a [B, H, L, D] tensor of any strides
-  View(const Tensor& x, int64_t heads)
-      : data(static_cast<const T*>(x.const_data_ptr())), batch(x.stride(0)), head(x.stride(1)), row(x.stride(2)),
-        column(x.stride(3)), heads(heads) {}
-  const T* of(int64_t index) const { return data + index / heads * batch + index % heads * head; }
-  const T* data;
-  int64_t batch, head, row, column, heads;
-};
-
-inline void widen_row(const float* from, int64_t step, int64_t dim, float* to) {
-  if (step == 1) std::memcpy(to, from, dim * sizeof(float));
-  else for (int64_t d = 0; d < dim; ++d) to[d] = from[d * step];
-}
-
-inline void widen_row(const uint16_t* from, int64_t step, int64_t dim, float* to) {
-  int64_t d = 0;
-  for (; step == 1 && d + kVec <= dim; d += kVec) {
-    tile::Halves bits;
-    std::memcpy(&bits, from + d, sizeof bits);
-    store(to + d, reinterpret_cast<Floats>(__builtin_convertvector(bits, tile::Words) << 16));
-  }
-  for (; d < dim; ++d) to[d] = from_bfloat16(from[d * step]);
-}
-
-// `count` rows, those of `index` or consecutive ones, to float [rows, width] with zeros around them.
-template <class T>
-void widen(const View<T>& x, const T* head, const int64_t* index, int64_t first, int64_t count, int64_t rows,
-           int64_t dim, int64_t width, float* to) {
-  if (index == nullptr && x.column == 1)  // the next rows, so that they are there when they are asked for
-    for (int64_t r = first + count; r < first + 2 * count; ++r)
-      for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) __builtin_prefetch(head + r * x.row + d);
-  for (int64_t r = 0; r < count; ++r, to += width) {
-    widen_row(head + (index != nullptr ? index[first + r] : first + r) * x.row, x.column, dim, to);
-    std::fill(to + dim, to + width, 0.f);
-  }
-  std::fill(to, to + (rows - count) * width, 0.f);
-}
-
-// rows [16 n, width] -> lanes [width, kLanes].
-inline void turn(const float* rows, int64_t count, int64_t width, float* lanes) {
-  for (int64_t r = 0; r < count; r += kVec)
-    for (int64_t d = 0; d < width; d += kVec)
-      transpose(rows + r * width + d, width, lanes + d * kLanes + r, kLanes, 1.f);
-}
-
-struct Layout {
-  Layout(const Problem& p, int planes)
-      : steps((p.dim + 31) / 32), sides((p.dim + 15) / 16), depth(steps * 32), rows(sides * 16),
-        k_plane(2 * steps * tile::kWords), v_plane(sides * tile::kWords), k_words(planes * k_plane),
-        v_words(planes * v_plane), a_block((p.block_k + kStrip - 1) / kStrip), strips(p.k_blocks() * a_block) {}
-  int64_t words() const { return strips * (k_words + v_words); }  // of a head
-  int64_t steps, sides;      // D in depths of 32 and in tiles of 16
-  int64_t depth, rows;       // D rounded up to each
-  int64_t k_plane, v_plane;  // words of a strip, a plane: K [2, steps] tiles, V^T [sides] tiles
-  int64_t k_words, v_words;  // and of all planes
-  int64_t a_block, strips;   // strips of a block, of a head
-};
-
-template <class T>
-struct Inputs {
-  const Problem& p;
-  const Layout& layout;
-  View<T> q, k, v;
-  const Visible& seen;
-  const int8_t* map;
-  const uint16_t* weight;  // W as A tiles [sides, steps], or null
-  const float *bias, *alpha;
-};
 
 template <class T>
 struct Outputs {
@@ -105,90 +30,17 @@ inline void prefetch(const void* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
 }
 
-class Words16 {  // bfloat16 words on a cache line boundary
- public:
-  explicit Words16(int64_t count) : floats_((count + 1) / 2) {}
-  operator uint16_t*() const { return reinterpret_cast<uint16_t*>(static_cast<float*>(floats_)); }
-
- private:
-  Scratch floats_;
-};
-
-// ---------------------------------------------------------------------------------------------- keys
-
-template <class T>
-class KeySegment {
-  static constexpr int P = kPlanes<T>;
-
- public:
-  KeySegment(const Problem& p, const Layout& l, bool linear)
-      : rows_(kStrip * l.depth), lanes_(l.depth * kLanes), h_(linear ? l.rows * l.rows : 0),
-        z_(linear ? p.dim * kVec : 0), phi_(linear ? kBatch * l.v_words : 0), values_(linear ? kBatch * l.v_words : 0) {}
-
-  // Packs the blocks [first, last) of a head. state: their H [D, padded] and Z, or null.
-  void run(const Inputs<T>& in, int64_t head, int64_t first, int64_t last, uint16_t* keys, uint16_t* values,
-           float* state) {
-    const Problem& p = in.p;
-    const Layout& l = in.layout;
-    const int64_t* visible = in.seen.count.data() + head / p.heads * p.k_blocks();
-    const int64_t* index = in.seen.index.empty() ? nullptr : in.seen.index.data() + head / p.heads * p.keys;
-    int64_t pending = 0;
-    bool add = false;
-    if (state != nullptr) std::fill(z_ + 0, z_ + p.dim * kVec, 0.f);
-    for (int64_t j = first; j < last; ++j)
-      for (int64_t t = 0; t < visible[j]; t += kStrip) {
-        const int64_t n = std::min(kStrip, visible[j] - t), strip = j * l.a_block + t / kStrip;
-        widen(in.k, in.k.of(head), index, j * p.block_k + t, n, kStrip, p.dim, l.depth, rows_);
-        uint16_t* to = keys + strip * l.k_words;
-        for (int64_t m = 0; m < 2; ++m)
-          for (int64_t s = 0; s < l.steps; ++s)
-            tile::pack_a<P>(rows_ + m * 16 * l.depth + s * 32, l.depth, to + (m * l.steps + s) * tile::kWords, l.k_plane);
-        if (state != nullptr) take_features(p, l, n, phi_ + pending * l.v_words);
-        widen(in.v, in.v.of(head), index, j * p.block_k + t, n, kStrip, p.dim, l.depth, rows_);
-        turn(rows_, kStrip, l.depth, lanes_);
-        for (int64_t m = 0; m < l.sides; ++m)
-          tile::pack_a<P>(lanes_ + m * 16 * kLanes, kLanes, values + strip * l.v_words + m * tile::kWords, l.v_plane);
-        if (state == nullptr) continue;
-        for (int64_t m = 0; m < l.sides; ++m)
-          tile::pack_b<P>(rows_ + m * 16, l.depth, values_ + pending * l.v_words + m * tile::kWords, l.v_plane);
-        if (++pending == kBatch) multiply(l, pending, add), pending = 0, add = true;
-      }
-    if (state == nullptr) return;
-    if (pending > 0 || !add) multiply(l, pending, add);
-    std::memcpy(state, h_, p.dim * l.rows * sizeof(float));
-    float* z = state + p.dim * l.rows;
-    for (int64_t d = 0; d < p.dim; ++d) {
-      float sum = 0.f;
-      for (int64_t i = 0; i < kVec; ++i) sum += z_[d * kVec + i];
-      z[d] = sum;
-    }
-    std::fill(z + p.dim, z + l.rows, 0.f);
-  }
-
- private:
-  // phi of the strip in rows_ as A tiles, and their sums.
-  void take_features(const Problem& p, const Layout& l, int64_t n, uint16_t* to) {
-    turn(rows_, kStrip, l.depth, lanes_);
-    feature_lanes(p.feature, lanes_, p.dim, kStrip);
-    for (int64_t d = 0; d < p.dim; ++d) {
-      float* row = lanes_ + d * kLanes;
-      std::fill(row + n, row + kStrip, 0.f);
-      store(z_ + d * kVec, load(z_ + d * kVec) + (load(row) + load(row + kVec)));
-    }
-    for (int64_t m = 0; m < l.sides; ++m)
-      tile::pack_a<P>(lanes_ + m * 16 * kLanes, kLanes, to + m * tile::kWords, l.v_plane);
-  }
-
-  void multiply(const Layout& l, int64_t strips, bool add) {
-    tile::multiply<P>(l.sides, l.sides, {phi_, tile::kWords, l.v_words, l.v_plane},
-                      {values_, tile::kWords, l.v_words, l.v_plane}, strips, h_, l.rows, add);
-  }
-
-  Scratch rows_, lanes_, h_, z_;
-  Words16 phi_, values_;
-};
-
-// ---------------------------------------------------------------------------------------------- queries
+// 2^x within 2 units in the last place: exp2 less what guards it from subnormal results, which are zero here.
+inline Floats power(Floats x) {
+  const Floats f = _mm512_maskz_reduce_ps(0xFFFF, x, 1);  // x - floor(x)
+  Floats y = splat(1.87757669e-3f);                       // minimax of 2^f, relative error 7.5e-8
+  y = y * f + 8.98933969e-3f;
+  y = y * f + 5.58263175e-2f;
+  y = y * f + 2.40153611e-1f;
+  y = y * f + 6.93153083e-1f;
+  y = y * f + 9.99999940e-1f;
+  return _mm512_maskz_scalef_ps(0xFFFF, y, x);
+}
 
 // P of two keys -> a row of a B tile of each plane.
 template <int Planes>
@@ -221,7 +73,7 @@ class QueryBlock {
 
  public:
   QueryBlock(const Problem& p, const Layout& l)
-      : rows_(kLanes * l.depth), q_(l.depth * kLanes), scores_(kChunk * kStrip * kRow), sparse_(l.depth * kLanes),
+      : stage_(l, kLanes), q_(l.depth * kLanes), scores_(kChunk * kStrip * kRow), sparse_(l.depth * kLanes),
         linear_(l.depth * kLanes), packed_(P * l.steps * kStep), p_(P * kChunk * kStep),
         h_(P * l.sides * l.steps * tile::kWords) {}
 
@@ -242,8 +94,8 @@ class QueryBlock {
     const int64_t last = std::min(p.queries, (block + 1) * p.block_q);
     for (int64_t row = block * p.block_q; row < last; row += kLanes) {
       const int64_t n = std::min(kLanes, last - row), at = head * p.queries + row, width = round_up(n, kVec);
-      widen(in.q, in.q.of(head), nullptr, row, n, width, p.dim, l.depth, rows_);
-      turn(rows_, width, l.depth, q_);
+      stage_.load(in.q, head, nullptr, row, n, width, p.dim);
+      if (P == 3 || state != nullptr) stage_.turn(width, q_);
       attend(p, l, width, keys, values, row == block * p.block_q);
       for (int64_t r = 0; r < n; ++r)
         out.lse[at + r] = sum_[r] > 0.f ? (top_[r] + std::log2(sum_[r])) * kLn2
@@ -269,7 +121,9 @@ class QueryBlock {
     };
     const float factor = std::fabs(p.scale) * kLog2E;
     for (int64_t s = 0; s < kChunk; ++s) fetch(s);
-    if (p.scale < 0.f) {
+    if constexpr (P == 1) {
+      stage_.operand(width, p.scale < 0.f, packed_);
+    } else if (p.scale < 0.f) {
       scale_lanes(q_, l.depth, width, -1.f, linear_);
       pack_lanes<P>(linear_, l.steps, width, packed_);
     } else {
@@ -334,13 +188,13 @@ class QueryBlock {
       Floats even{}, odd{};
       int64_t r = 0;
       for (; r + 2 <= n; r += 2) {
-        const Floats a = exp2(load(from + r * kRow) * factor - top);
-        const Floats b = exp2(load(from + (r + 1) * kRow) * factor - top);
+        const Floats a = power(load(from + r * kRow) * factor - top);
+        const Floats b = power(load(from + (r + 1) * kRow) * factor - top);
         even += a, odd += b;
         store_pair<P>(to + r * 16, kStep, a, b);
       }
       for (; r < kStrip; r += 2) {
-        const Floats a = r < n ? exp2(load(from + r * kRow) * factor - top) : Floats{};
+        const Floats a = r < n ? power(load(from + r * kRow) * factor - top) : Floats{};
         even += a;
         store_pair<P>(to + r * 16, kStep, a, Floats{});
       }
@@ -418,17 +272,17 @@ class QueryBlock {
         } else {
           alignas(64) float block[kVec * kVec];
           transpose(lanes + d * kLanes + c, kLanes, block, kVec, 1.f);
-          for (int64_t r = 0; r < kVec; ++r) {
-            tile::Words bits;
-            tile::split<1>(load(block + r * kVec), &bits);
-            const tile::Halves half = __builtin_convertvector(bits >> 16, tile::Halves);
-            std::memcpy(to + r * dim, &half, sizeof half);
+          for (int64_t r = 0; r < kVec; r += 2) {
+            const tile::Words two = tile::rounded(load(block + r * kVec), load(block + (r + 1) * kVec));
+            std::memcpy(to + r * dim, &two, 32);
+            std::memcpy(to + (r + 1) * dim, reinterpret_cast<const char*>(&two) + 32, 32);
           }
         }
       }
   }
 
-  Scratch rows_, q_, scores_, sparse_, linear_;
+  Stage<T> stage_;
+  Scratch q_, scores_, sparse_, linear_;
   Words16 packed_, p_, h_;
   alignas(64) float top_[kLanes], sum_[kLanes];
   std::vector<int64_t> strips_, counts_;
@@ -481,7 +335,7 @@ void run(const Problem& p, const Tensor& q, const Tensor& k, const Tensor& v, co
   for (int64_t first = 0; first < p.all_heads(); first += step) {
     const int64_t heads = std::min(step, p.all_heads() - first);
     torch::stable::parallel_for(0, heads * parts, 1, [&](int64_t begin, int64_t end) {
-      const tile::Registers registers;
+      const Mode mode;
       KeySegment<T> work(p, l, linear);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t head = task / parts, block = task % parts * steps;
@@ -497,7 +351,7 @@ void run(const Problem& p, const Tensor& q, const Tensor& k, const Tensor& v, co
     for (int64_t i = 0; i < heads * nq; ++i)
       for (int64_t j = 0; j < nk; ++j) cost[i] += map[(first * nq + i) * nk + j] == 1;
     balanced(cost, [&](int64_t begin, int64_t end) {
-      const tile::Registers registers;
+      const Mode mode;
       QueryBlock<T> work(p, l);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t head = task / nq;

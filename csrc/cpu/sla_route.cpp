@@ -2,8 +2,8 @@
 // Means and scores are float64, so that a near tie falls as it does in the reference.
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
-#include <numeric>
 #include <optional>
 #include <vector>
 
@@ -23,7 +23,6 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr const char* kOp = "sla_route";
-constexpr int kColumns = 2 * kVec;  // of a row whose sums, in float64, are held in registers
 constexpr int64_t kAhead = 48;        // rows between what is read and what is fetched
 
 double widen(float x) { return x; }
@@ -60,8 +59,9 @@ void block_means(const Tensor& x, const T* data, int64_t block, const bool* mask
       int64_t count = rows;
       if (shown != nullptr) count = std::count(shown, shown + rows, true);
       int64_t d = 0;
-      for (; s3 == 1 && d + kColumns <= dim; d += kColumns)
-        add_rows<T, kColumns>(source + d, s2, rows, shown, mean + d);
+      for (; s3 == 1 && d + 4 * kVec <= dim; d += 4 * kVec)
+        add_rows<T, 4 * kVec>(source + d, s2, rows, shown, mean + d);
+      for (; s3 == 1 && d + kVec <= dim; d += kVec) add_rows<T, kVec>(source + d, s2, rows, shown, mean + d);
       for (; d < dim; ++d) {
         double sum = 0.0;
         for (int64_t t = 0; t < rows; ++t)
@@ -90,6 +90,32 @@ std::vector<uint8_t> blocks_with(const Tensor& flags, int64_t batch, int64_t len
   for (int64_t b = 0; b < batch; ++b)
     for (int64_t t = 0; t < length; ++t) found[b * blocks + t / block] |= marked[flags.size(0) == 1 ? t : b * length + t];
   return found;
+}
+
+// Marks the `count` largest scores that somebody sees; of equal ones the first. `ranked`: scratch.
+void mark_first(const std::vector<double>& scores, int64_t count, std::vector<double>& ranked, const uint8_t* seen,
+                int8_t* out) {
+  const int64_t size = static_cast<int64_t>(scores.size());
+  ranked = scores;
+  std::nth_element(ranked.begin(), ranked.begin() + (count - 1), ranked.end(), std::greater<>());
+  const double least = ranked[count - 1];
+  int64_t equal = count;  // places that those above leave to those equal to the least
+  for (int64_t j = 0; j < size; ++j) equal -= scores[j] > least;
+  for (int64_t j = 0; j < size; ++j) {
+    const bool taken = scores[j] > least || (scores[j] == least && equal-- > 0);
+    if (taken && seen[j]) out[j] = 1;
+  }
+}
+
+// Marks the `count` smallest scores; of equal ones the last.
+void mark_last(const std::vector<double>& scores, int64_t count, std::vector<double>& ranked, int8_t* out) {
+  ranked = scores;
+  std::nth_element(ranked.begin(), ranked.begin() + (count - 1), ranked.end());
+  const double most = ranked[count - 1];
+  int64_t equal = count;
+  for (const double score : scores) equal -= score < most;
+  for (int64_t j = static_cast<int64_t>(scores.size()) - 1; j >= 0; --j)
+    if (scores[j] < most || (scores[j] == most && equal-- > 0)) out[j] = -1;
 }
 
 Tensor sla_route(Tensor q, Tensor k, int64_t n_keep, int64_t n_drop, int64_t block_q, int64_t block_k,
@@ -124,35 +150,36 @@ Tensor sla_route(Tensor q, Tensor k, int64_t n_keep, int64_t n_drop, int64_t blo
   means_of(q, block_q, nullptr, q_means.data());
   means_of(k, block_k, key_mask ? key_mask->const_data_ptr<bool>() : nullptr, k_means.data());
 
+  std::vector<double> columns(k_means.size());  // [B, H, D, Nk]: scores of a row are then sums of vectors
+  for (int64_t i = 0; i < batch * heads; ++i)
+    for (int64_t j = 0; j < nk; ++j)
+      for (int64_t d = 0; d < dim; ++d) columns[(i * dim + d) * nk + j] = k_means[(i * nk + j) * dim + d];
+
   Tensor map = torch::stable::new_empty(q, {batch, heads, nq, nk}, ScalarType::Char);
   int8_t* kinds = map.mutable_data_ptr<int8_t>();
   const int64_t keep = std::clamp<int64_t>(n_keep, 0, nk), drop = std::clamp<int64_t>(n_drop, 0, nk);
   torch::stable::parallel_for(0, batch * heads * nq, 4, [&](int64_t begin, int64_t end) {
     std::vector<double> scores(nk);
-    std::vector<int64_t> order(nk);
+    std::vector<double> ranked(nk);
     for (int64_t row = begin; row < end; ++row) {
       const int64_t b = row / nq / heads;
-      const double *mean_q = q_means.data() + row * dim, *mean_k = k_means.data() + row / nq * nk * dim;
+      const double *mean_q = q_means.data() + row * dim, *mean_k = columns.data() + row / nq * nk * dim;
+      std::fill(scores.begin(), scores.end(), 0.0);
+      for (int64_t d = 0; d < dim; ++d) {
+        const double factor = mean_q[d], *column = mean_k + d * nk;
+#pragma omp simd
+        for (int64_t j = 0; j < nk; ++j) scores[j] += factor * column[j];
+      }
       for (int64_t j = 0; j < nk; ++j) {
-        double dot = 0.0;
-#pragma omp simd reduction(+ : dot)
-        for (int64_t d = 0; d < dim; ++d) dot += mean_q[d] * mean_k[j * dim + d];
+        const double dot = scores[j];
         scores[j] = !seen[b * nk + j] ? -std::numeric_limits<double>::infinity()
                     : std::isfinite(dot) ? dot  // what is not a number ranks just above what nobody sees
                     : dot > 0.0 ? std::numeric_limits<double>::max() : std::numeric_limits<double>::lowest();
       }
-      const auto ahead = [&](int64_t i, int64_t j) {
-        return scores[i] != scores[j] ? scores[i] > scores[j] : i < j;  // a total order: every selection is the same
-      };
-      std::iota(order.begin(), order.end(), int64_t{0});
-      if (keep < nk) std::nth_element(order.begin(), order.begin() + keep, order.end(), ahead);
-      const int64_t from = std::max(keep, nk - drop);  // a critical block is not dropped
-      if (from > keep && from < nk) std::nth_element(order.begin() + keep, order.begin() + from, order.end(), ahead);
-      if (nk - drop < keep) std::nth_element(order.begin(), order.begin() + (nk - drop), order.begin() + keep, ahead);
       int8_t* out = kinds + row * nk;
       std::fill(out, out + nk, int8_t{0});
-      for (int64_t i = nk - drop; i < nk; ++i) out[order[i]] = -1;
-      for (int64_t i = 0; i < keep; ++i) out[order[i]] = seen[b * nk + order[i]] ? 1 : i >= nk - drop ? -1 : 0;
+      if (drop > 0) mark_last(scores, drop, ranked, out);
+      if (keep > 0) mark_first(scores, keep, ranked, seen.data() + b * nk, out);
       for (int64_t j = 0; j < nk; ++j)
         if (kept[b * nk + j] && seen[b * nk + j]) out[j] = 1;
     }
