@@ -5,8 +5,11 @@ libtriskele_cuda.so   csrc/cuda/*.cu, where nvcc is found (a GPU need not be); t
 triskele._C           csrc/module.cpp: tells how the two were built
 
 Both libraries are free of Python and use torch's stable ABI of 2.10, so one build serves every later torch.
+built_from.json       the SHA-256 of every source at the start of the build: a record of a GPU run names what it ran
 """
 
+import hashlib
+import json
 import os
 import platform
 import shutil
@@ -26,8 +29,8 @@ X86_LEVELS = {  # weakest first: the linker keeps the first copy of an inline fu
     "base": [],
     "avx2": ["-march=haswell"],
     "avx512": ["-march=x86-64-v4", "-mavx512vnni", "-mprefer-vector-width=512"],
-    "amx": ["-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16",
-            "-mprefer-vector-width=512"],
+    "amx": ["-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mavx512vbmi", "-mamx-tile", "-mamx-int8",
+            "-mamx-bf16", "-mprefer-vector-width=512"],
 }
 NVCC_TARGETS = {  # by file suffix; "sm80" also leaves PTX that newer chips translate
     "sm80": ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90",
@@ -67,6 +70,12 @@ def nvcc():
     return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
 
 
+def source_hashes():
+    """Path of every file under csrc -> its SHA-256."""
+    files = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
+    return {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
 def _replace(source: Path, target: Path) -> None:
     """Copy as a new file: a process that has the old one mapped keeps it, instead of crashing in the middle of it."""
     if target.exists() and source.samefile(target):
@@ -84,6 +93,8 @@ class NinjaBuild(build_ext):
         work = Path(self.build_temp).resolve() / "native"
         work.mkdir(parents=True, exist_ok=True)
         targets = self.write_ninja(work)
+        (work / "built_from.json").write_text(json.dumps({name: source_hashes() for name in targets}, indent=1) + "\n")
+        targets.append("built_from.json")
         from ninja import BIN_DIR  # pip's ninja; its folder need not be on PATH
         subprocess.run([str(Path(BIN_DIR) / "ninja"), "-C", str(work)], check=True)
         for target in targets:

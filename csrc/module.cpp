@@ -21,7 +21,7 @@ std::vector<std::string> cpu_features() {
   __builtin_cpu_init();
 #define TRISKELE_FEATURE(name) if (__builtin_cpu_supports(name)) out.push_back(name);
   TRISKELE_FEATURE("avx2") TRISKELE_FEATURE("fma") TRISKELE_FEATURE("avx512f") TRISKELE_FEATURE("avx512bw")
-  TRISKELE_FEATURE("avx512vl") TRISKELE_FEATURE("avx512vnni") TRISKELE_FEATURE("avx512bf16")
+  TRISKELE_FEATURE("avx512vl") TRISKELE_FEATURE("avx512vnni") TRISKELE_FEATURE("avx512bf16") TRISKELE_FEATURE("avx512vbmi")
   TRISKELE_FEATURE("amx-tile") TRISKELE_FEATURE("amx-int8") TRISKELE_FEATURE("amx-bf16")
 #undef TRISKELE_FEATURE
 #elif defined(__aarch64__)

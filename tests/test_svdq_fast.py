@@ -74,6 +74,31 @@ def test_more_tokens_than_a_block():
             assert torch.equal(tk.ops.svdq_linear(x[at:at + 1], w), y[at:at + 1]), (m, at)
 
 
+def test_blocks_of_tokens_channels_and_k():
+    """More than 256 tokens, 256 channels and 3,072 columns, where the tiles keep integer sums in memory in between."""
+    for m, k, n, group in ((300, 3200, 300, 64), (270, 6208, 40, 64), (40, 3328, 290, 256)):
+        w, bias, x = make(k, n, group=group), torch.randn(n), torch.randn(m, k)
+        y = tk.ops.svdq_linear(x, w, bias)
+        assert_within_budget(y, truth(x, w, bias), same_precision(x, w, bias), what=f"{m, k, n}")
+        for at in (0, 1, 33, m - 1):
+            assert torch.equal(tk.ops.svdq_linear(x[at:at + 1], w, bias), y[at:at + 1]), (m, at)
+
+
+@pytest.mark.parametrize("spoil", ["far apart", "zero", "negative", "subnormal", "24 bits"])
+def test_channels_whose_scales_are_no_small_integers(spoil):
+    """Scales that are integers times a power of two are multiplied as such; 256 channels with one that is not are not."""
+    w = make(320, 600, scales=torch.float32)
+    scales = w.wscales.to(torch.bfloat16).float()
+    scales[300, 2] = {"far apart": 1e4, "zero": 0.0, "negative": -0.02, "subnormal": 1e-40, "24 bits": 0.0123456789}[spoil]
+    w = tk.quantize.SVDQWeight(w.qweight, scales, w.lora_down, w.lora_up, w.smooth, 320, "int4", "int8")
+    bias = torch.randn(600)
+    x = torch.randn(70, 320)
+    y = tk.ops.svdq_linear(x, w, bias)
+    assert_within_budget(y, truth(x, w, bias), same_precision(x, w, bias))
+    for m in (1, 5, 6, 33):
+        assert torch.equal(tk.ops.svdq_linear(x[:m], w, bias), y[:m])
+
+
 @pytest.mark.parametrize("m", [1, 3, 6, 40])
 def test_outliers_and_dead_tokens(m):
     w, bias = make(320, 70), torch.randn(70)

@@ -31,7 +31,8 @@ bool tiles_granted() {
 
 bool has_amx() {
   return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
-         __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("avx512bf16") && tiles_granted();
+         __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("avx512bf16") &&
+         __builtin_cpu_supports("avx512vbmi") && tiles_granted();
 }
 #endif
 

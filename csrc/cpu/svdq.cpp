@@ -14,6 +14,8 @@
 #include <cstring>
 #include <optional>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -27,10 +29,13 @@
 #include "cpu/level.h"
 #include "cpu/svdq.h"
 #include "cpu/svdq_amx.h"
+#include "cpu/svdq_down.h"
+#include "cpu/svdq_quantize.h"
 
 #define TRISKELE_SVDQ_VECTORS vectors
 #include "cpu/svdq_vectors.h"
 #undef TRISKELE_SVDQ_VECTORS
+#include "cpu/svdq_planes.h"  // takes the dot product of the vectors
 #if defined(__AVX2__) && !defined(__AVX512F__) && defined(__GNUC__) && !defined(__clang__)
 #include <cpuid.h>
 #define TRISKELE_SVDQ_AVX_VNNI 1  // the AVX2 level again, for CPUs that also have AVX-VNNI
@@ -60,61 +65,8 @@ constexpr int kDownVectors = 2;                   // of ranks at a time: 16 accu
 constexpr int kDownVectors = 1;
 #endif
 constexpr int64_t kDownLanes = sizeof(Scaled) / 4;
-constexpr float kTiny = 1e-30f;     // a token whose maximum is below counts as zero
-
-inline float bfloat16_to_float(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float value;
-  std::memcpy(&value, &wide, 4);
-  return value;
-}
 
 // ---- kernel 1: quantize and project down -----------------------------------------------------------------------
-
-// One token. z and ordered [Kp] are scratch; codes [Kp] hold, in each group, its even columns and then its odd ones,
-// which is the order that the weight's nibbles unpack to. sums [G]: the codes' sum a group.
-void quantize_token(const float* x, const float* inverse_smooth, float shift, int64_t k, int64_t padded, int64_t group,
-                    float* z, int8_t* ordered, int8_t* codes, float* scale, int32_t* sums) {
-  int32_t top = 0;  // |z| compared as bits: NaN and infinity come out on top
-#pragma omp simd reduction(max : top)
-  for (int64_t i = 0; i < k; ++i) {
-    z[i] = (x[i] + shift) * inverse_smooth[i];
-    int32_t bits;
-    std::memcpy(&bits, z + i, 4);
-    bits &= 0x7fffffff;
-    top = top > bits ? top : bits;
-  }
-  float amax;
-  std::memcpy(&amax, &top, 4);
-  const bool finite = top < 0x7f800000;
-  const bool dead = finite && amax < kTiny;
-  *scale = !finite ? NAN : dead ? 0.0f : amax / 127.0f;
-  if (!finite || dead) {
-    std::memset(codes, 0, padded);
-    std::fill(sums, sums + padded / group, 0);
-    return;
-  }
-  const float factor = 127.0f / amax;
-  for (int64_t i = k; i < padded; ++i) z[i] = 0.0f;
-  // ties to even; |z| <= amax keeps the product within a rounding of 127, so the nearest integer needs no clamp
-  for (int64_t i = 0; i < padded; ++i)
-    ordered[i] = static_cast<int8_t>(static_cast<int32_t>(__builtin_rintf(z[i] * factor)));
-  typedef int16_t Pair __attribute__((may_alias));
-  const int64_t half = group / 2;
-  for (int64_t g = 0; g < padded / group; ++g) {
-    const int8_t* from = ordered + g * group;
-    const Pair* pairs = reinterpret_cast<const Pair*>(from);
-    int8_t *even = codes + g * group, *odd = even + half;
-#pragma omp simd
-    for (int64_t i = 0; i < half; ++i) even[i] = static_cast<int8_t>(pairs[i]);  // the low byte
-#pragma omp simd
-    for (int64_t i = 0; i < half; ++i) odd[i] = static_cast<int8_t>(pairs[i] >> 8);
-    int32_t sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < group; ++i) sum += from[i];
-    sums[g] = sum;
-  }
-}
 
 // down [Rows, r] (+)= x [Rows, columns] @ lora_down_t [columns, r] for the ranks of `Vectors` vectors. The sum over all of K
 // is one chain, however it is cut.
@@ -186,9 +138,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> svdq_quantize(Tensor x, Tensor invers
   const int64_t fit = std::min(kDownBytes / std::max<int64_t>(1, k * size), (m + threads - 1) / threads);
   const int64_t block_rows = std::clamp(fit / kDownRows * kDownRows, kDownRows, kDownMost);
   const int64_t blocks = (m + block_rows - 1) / block_rows;
+#if defined(__AMX_BF16__)
+  const Projection projection{m, k, rank, in, wide, factors, down_out};
+  const Factors packed = rank > 0 ? pack_factors(projection) : Factors{};
+  constexpr bool by_tiles = true;
+#else
+  constexpr bool by_tiles = false;
+#endif
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     const Buffer<float> z = buffer<float>(padded);
-    const Buffer<float> converted = buffer<float>(wide ? 0 : std::max(k, kDownRows * kDownColumns));
+    const Buffer<float> converted = buffer<float>(wide || by_tiles ? 0 : kDownRows * kDownColumns);
     const Buffer<int8_t> ordered = buffer<int8_t>(padded);
     // x [count, columns] from (row, column) on, in float32; `stride` is the rows' distance
     const auto floats = [&](int64_t row, int64_t count, int64_t column, int64_t columns, int64_t& stride) {
@@ -203,10 +162,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> svdq_quantize(Tensor x, Tensor invers
       }
       return static_cast<const float*>(converted.get());
     };
+#if defined(__AMX_BF16__)
+    const tile::Registers registers;
+    ProjectionScratch scratch(packed, rank);
+#endif
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * block_rows, last = std::min(m, first + block_rows);
       int64_t stride;
-      for (int64_t column = 0; column < k && rank > 0; column += kDownColumns) {
+#if defined(__AMX_BF16__)
+      if (rank > 0) project_by_tiles(projection, packed, scratch, first, last);
+#endif
+      for (int64_t column = 0; column < k && rank > 0 && !by_tiles; column += kDownColumns) {
         const int64_t columns = std::min(kDownColumns, k - column);
         for (int64_t row = first; row < last; row += kDownRows) {
           const int64_t count = std::min(kDownRows, last - row);
@@ -222,8 +188,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> svdq_quantize(Tensor x, Tensor invers
         }
       }
       for (int64_t row = first; row < last; ++row)
-        quantize_token(floats(row, 1, 0, k, stride), inverse, static_cast<float>(shift), k, padded, group, z.get(),
-                       ordered.get(), codes_out + row * padded, scales_out + row, sums_out + row * groups);
+        quantize_token(in, wide, row * k, inverse, static_cast<float>(shift), k, padded, group, z.get(), ordered.get(),
+                       codes_out + row * padded, scales_out + row, sums_out + row * groups);
     }
   });
   return {codes, scales, sums, down};
@@ -286,6 +252,15 @@ Tensor svdq_gemm(Tensor codes, Tensor token_scales, Tensor sums, Tensor down, Te
   p.out = out.mutable_data_ptr();
   if (p.m == 0 || p.n == 0) return out;
 #if defined(__AMX_INT8__)
+  std::vector<uint8_t> done;
+  if (planes_pay(p)) {
+    FixedScales scales = fix_all_scales(p);
+    if (p.m < kFewTokens) multiply_few(p, scales);
+    else multiply_by_planes(p, scales);
+    done = std::move(scales.exact);
+    if (std::find(done.begin(), done.end(), 0) == done.end()) return out;
+    p.done = done.data();
+  }
   if (tiles_pay(p)) {
     multiply_by_tiles(p);
     return out;
@@ -306,6 +281,7 @@ Tensor svdq_gemm(Tensor codes, Tensor token_scales, Tensor sums, Tensor down, Te
     int64_t filled = -1;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = task / stretches * kPanel, row = task % stretches * stretch;
+      if (p.is_done(first)) continue;
       if (filled != first) {
         fill_words<true>(p, first, 0, p.groups, panel);
         fill_factors(p, first, panel);

@@ -17,6 +17,7 @@
 namespace triskele::TRISKELE_LEVEL::svdq {
 
 constexpr int64_t kLanes = 16;  // output channels of one vector
+constexpr int64_t kGranule = 256;  // channels that are multiplied the same way
 constexpr int64_t kAhead = 512;  // bytes of packed weights fetched before they are needed
 
 typedef int32_t Ints __attribute__((vector_size(64)));
@@ -57,6 +58,9 @@ struct Gemm {
   const float* bias;        // [N] or null
   void* out;                // [M, N]
   bool e2m1, narrow;        // values of the codes; bfloat16 output
+  const uint8_t* done;      // granules of 256 channels that svdq_planes.h has multiplied, or null
+
+  bool is_done(int64_t channel) const { return done != nullptr && done[channel / kGranule] != 0; }
 };
 
 // Weights of a few channels, a multiple of 16, as the multiplication reads them.
@@ -177,11 +181,15 @@ inline void fill_factors(const Gemm& p, int64_t first, Panel& panel) {
 inline void store(const Gemm& p, int64_t row, int64_t column, const Floats& value) {
   typedef uint16_t Halves __attribute__((vector_size(32)));
   const int64_t at = row * p.n + column, count = std::min(kLanes, p.n - column);
-  if (p.narrow) {
-    const Ints bits = (Ints)value;  // to nearest, ties to even; NaN stays one
+  if (p.narrow) {  // to nearest, ties to even; NaN stays one
+#if defined(__AVX512BF16__)
+    const Halves narrow = (Halves)_mm512_maskz_cvtneps_pbh(0xffff, (__m512)value);  // subnormal values to zero
+#else
+    const Ints bits = (Ints)value;
     const Ints rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const Ints nan = (bits & 0x7fffffff) > 0x7f800000;
     const Halves narrow = __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), Halves);
+#endif
     uint16_t* to = static_cast<uint16_t*>(p.out) + at;
     if (count == kLanes) std::memcpy(to, &narrow, sizeof(narrow));
     else std::memcpy(to, &narrow, count * 2);

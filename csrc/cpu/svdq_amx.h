@@ -1,4 +1,4 @@
-// The 4-bit linear's multiplication on tile registers: one TDPBSSD is 16 tokens x 16 channels x 64 columns, a group
+// The 4-bit linear's multiplication on tile registers with float sums, for the scales that svdq_planes.h leaves: one TDPBSSD is 16 tokens x 16 channels x 64 columns, a group
 // of int4, so that its int32 sums are scaled and added to float32 vectors at once.
 //
 //   panel          up to 256 channels, and as much of K as keeps their widened weights in L2
@@ -16,6 +16,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include "cpu/amx.h"
 #include "cpu/svdq.h"
 
 namespace triskele::TRISKELE_LEVEL::svdq {
@@ -33,24 +34,6 @@ constexpr int64_t kFewRows = 128;
 constexpr int64_t kStretchRows = 1024;        // tokens of a task at most: their float sums stay near
 
 inline bool tiles_pay(const Gemm& p) { return p.m >= kTileRowsPay && p.group % kTileBytes == 0; }
-
-// Tile registers of this thread, released when it ends: a thread that holds them pays for them at each switch.
-class Tiles {
- public:
-  Tiles() {
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t columns[16] = {};
-      uint8_t rows[16] = {};
-    } config;
-    static_assert(sizeof(config) == 64);
-    for (int t = 0; t < 8; ++t) config.columns[t] = kTileBytes, config.rows[t] = kTileRows;
-    asm volatile("ldtilecfg %0" : : "m"(config));
-  }
-  ~Tiles() { _tile_release(); }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
-};
 
 // Where one tile of the output finds its chunk.
 struct Chunk {
@@ -190,13 +173,13 @@ inline void multiply_by_tiles(const Gemm& p) {
   const int64_t stretches = (p.m + stretch - 1) / stretch;
   const int64_t groups = std::clamp<int64_t>(kPanelBytes / (width * p.group), 1, p.groups);
   torch::stable::parallel_for(0, panels * stretches, 1, [&](int64_t begin, int64_t end) {
-    const Tiles tiles;
+    const tile::Registers registers;
     Panel panel = make_panel(p, width, groups);
     TileScratch scratch{buffer<int32_t>(2 * groups_of_a_chunk(p) * kTileWords), buffer<float>(stretch * width),
                         buffer<int8_t>(kTileRows * p.padded)};
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t row = task % stretches * stretch;
-      multiply_panel(p, panel, scratch, task / stretches * width, row, std::min(p.m, row + stretch));
+      const int64_t first = task / stretches * width, row = task % stretches * stretch;
+      if (!p.is_done(first)) multiply_panel(p, panel, scratch, first, row, std::min(p.m, row + stretch));
     }
   });
 }
