@@ -19,7 +19,8 @@ def svdq_linear(x: torch.Tensor, weight: SVDQWeight, bias: torch.Tensor | None =
              token, "int4" per token and group of 64, "fp8" per token, "none". Its `shift` is added to x before that,
              and taken back out of the bias here
     bias     [N]
-    backend  "auto", "cpu" (int8 activations; float32, bfloat16, float16), "reference" (float64, every case)
+    backend  "auto", "cuda" (float16, bfloat16; int8 activations on sm_90, int4 on sm_80 … sm_89), "triton" (int8 or
+             none), "cpu" (int8 activations; float32, bfloat16, float16), "reference" (float64, every case)
 
     Returns [..., N] in x's dtype. Differentiable in x (straight through the quantization: the gradient is that of the
     dequantized weight) and in bias; the weight's tensors are constants. A token whose values are all zero (below 1e-30)

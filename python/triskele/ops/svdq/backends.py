@@ -1,10 +1,10 @@
 """The tables of the 4-bit linear, one for each kind of activation: where one has no kernel, the reference stands in.
 
-    svdq.w4a8      int8 per token: cpu, reference
-    svdq.w4a4      int4 per token and group of 64: reference
+    svdq.w4a8      int8 per token: cuda (sm_90), triton, cpu, reference
+    svdq.w4a4      int4 per token and group of 64: cuda (sm_80 … sm_89), reference
     svdq.w4a8_fp8  e4m3 per token: reference
     svdq.w4a4_fp4  nvfp4 per token and group of 16: reference
-    svdq.w4a16     activations as they are: reference
+    svdq.w4a16     activations as they are: triton, reference
     svdq.backward  reference
 """
 
@@ -14,7 +14,7 @@ import torch
 
 from triskele import _native
 from triskele.backend import Backend, register
-from triskele.ops.svdq import reference
+from triskele.ops.svdq import cuda_backend, reference, triton_backend
 from triskele.quantize.formats import pad_columns
 
 OP_OF_ACTIVATION = {"int8": "svdq.w4a8", "int4": "svdq.w4a4", "fp8": "svdq.w4a8_fp8", "nvfp4": "svdq.w4a4_fp4",
@@ -35,7 +35,9 @@ def _cpu(x, qweight, wscales, wtscale, lora_down, lora_up, smooth, bias, format,
     native = torch.ops.triskele_native
     group = qweight.shape[1] * 2 // wscales.shape[1]
     rows = (x.float() if x.dtype == torch.float16 else x).contiguous()
-    lora_down_t = pad_columns(lora_down.float().T, _LANES).contiguous()  # [K, r']
+    rank, columns = lora_down.shape
+    lora_down_t = lora_down.new_zeros((columns, -(-rank // _LANES) * _LANES), dtype=torch.float32)  # [K, r']
+    lora_down_t[:, :rank].copy_(lora_down.T)  # copy_ turns and widens at once: half the time of the two
     lora_up = pad_columns(lora_up.float(), _LANES).contiguous()  # [N, r']
     codes, token_scales, sums, down = native.svdq_quantize(rows, 1.0 / smooth.float(), lora_down_t, shift, group)
     scales = wscales.float() if wtscale is None else wscales.float() * wtscale.float()[:, None]
@@ -46,9 +48,20 @@ def _cpu(x, qweight, wscales, wtscale, lora_down, lora_up, smooth, bias, format,
 
 
 _reference = Backend("reference", reference.svdq_linear)
-for _op in OP_OF_ACTIVATION.values():
-    if _op == "svdq.w4a8":
-        register(_op, (Backend("cpu", _cpu, _cpu_why_not, _native.cpu_library), _reference))
-    else:
-        register(_op, (_reference,))
+register("svdq.w4a8", (
+    Backend("cuda", cuda_backend.w4a8, cuda_backend.why_not, _native.cuda_sm90),
+    Backend("triton", triton_backend.w4a8, triton_backend.why_not, _native.triton_package),
+    Backend("cpu", _cpu, _cpu_why_not, _native.cpu_library),
+    _reference,
+))
+register("svdq.w4a16", (
+    Backend("triton", triton_backend.w4a16, triton_backend.why_not, _native.triton_package),
+    _reference,
+))
+register("svdq.w4a4", (
+    Backend("cuda", cuda_backend.w4a4, cuda_backend.w4a4_why_not, cuda_backend.w4a4_missing),
+    _reference,
+))
+for _op in ("svdq.w4a8_fp8", "svdq.w4a4_fp4"):
+    register(_op, (_reference,))
 register("svdq.backward", (Backend("reference", reference.svdq_linear_backward),))
