@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup build demo test test-levels sanitize fuzz bench lint clean
+.PHONY: setup build demo test test-levels sanitize fuzz bench gpu gpu-dry gpu-records lint clean
 
 setup: $(VENV)/.ready
 
@@ -41,8 +41,20 @@ bench: setup
 	status=0; $(BIN)/python bench/run.py --cases curves || status=1; \
 	$(BIN)/python bench/end_to_end.py || status=1; $(BIN)/python bench/render.py || status=1; exit $$status
 
+# On a machine with a GPU, as it is: nothing is installed. At most nine minutes; docs/gpu_run.md.
+gpu:
+	bench/gpu.sh
+
+# The same stages on this CPU, small; and what follows from the records of a run: verified.json and the tables.
+gpu-dry: setup
+	bench/gpu.sh --dry
+
+gpu-records: setup
+	$(BIN)/python bench/verify.py
+	$(BIN)/python bench/render.py
+
 lint:
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf build dist *.egg-info python/*.egg-info python/triskele/*.so $(VENV)/.ready
+	rm -rf build dist *.egg-info python/*.egg-info python/triskele/*.so python/triskele/built_from.json $(VENV)/.ready

@@ -1,4 +1,4 @@
-"""What a case is, and what the files cases_*.py share. Adding a case touches one of those files only.
+"""What a case is, and what the files cases_*.py and gpu_cases.py share. Adding a case touches one of those files only.
 
     def short() -> list[Case]       the shapes with targets
     def curves() -> list[Case]      the other points of the curves
@@ -15,6 +15,9 @@ from timing import OnThreads
 
 F32, B16 = torch.float32, torch.bfloat16
 SETS = 3  # of inputs, rotated
+FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ImportError, ArithmeticError, OSError,
+            AssertionError, MemoryError)
+"""What a case or a peer may raise without ending the run: all but what ends a program."""
 
 
 @dataclass
@@ -23,6 +26,9 @@ class Calls:
 
     flops, bytes  of our algorithm, once: what the floor is made of
     unit          arithmetic of the floor: "float32", "bfloat16" or "int8"
+    backends      op -> the backend that `ours` runs it on, where the case chose it
+    graphed       on a GPU: time replays of a CUDA graph, ours and the peers', so that launch gaps stay out
+    uncaptured    peers that wait for the GPU within a call, which no graph holds
     """
 
     ours: Callable[[], object]
@@ -31,6 +37,9 @@ class Calls:
     flops: float
     bytes: float
     unit: str
+    backends: dict[str, str] = field(default_factory=dict)
+    graphed: bool = False
+    uncaptured: tuple[str, ...] = ()
 
 
 @dataclass
@@ -50,7 +59,11 @@ class Case:
     targets: dict[str, float] = field(default_factory=dict)
     curves: dict[str, float] = field(default_factory=dict)
     label: str = ""
-    devices: tuple[str, ...] = ("cpu", "cuda")
+    devices: tuple[str, ...] = ("cpu",)
+
+
+def error_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -59,12 +72,14 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def drifting(device, dtype, batch, heads, length, dim, sets=SETS) -> list[tuple]:
     """(q, k, v) [B, H, L, D] whose tokens drift along the sequence: blocks differ in their means, as in a model."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def tensor():
-        drift = torch.randn(batch, heads, math.ceil(length / 64), dim, generator=generator).repeat_interleave(64, 2)
-        noise = torch.randn(batch, heads, length, dim, generator=generator)
-        return (noise + drift[:, :, :length]).to(device, dtype)
+        def normal(count):
+            return torch.randn(batch, heads, count, dim, generator=generator, device=device)
+
+        drift = normal(math.ceil(length / 64)).repeat_interleave(64, 2)
+        return (normal(length) + drift[:, :, :length]).to(dtype)
 
     return [(tensor(), tensor(), tensor()) for _ in range(sets)]
 
@@ -79,4 +94,4 @@ def thread_scaling(case: Case, target: float = 1.8) -> Case:
             peers, absent = {}, {"one thread": "torch has a single thread here"}
         return replace(calls, ours=OnThreads(calls.ours, 2), peers=peers, absent=absent)
 
-    return Case(f"two threads: {case.name}", "threads", make, {"one thread": target}, devices=("cpu",))
+    return Case(f"two threads: {case.name}", "threads", make, {"one thread": target})

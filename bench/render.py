@@ -4,7 +4,7 @@
     python bench/render.py --check    # exit 1 where one differs from what its record says
 
 No figure is typed by hand. A table stands between `<!-- record: PATH scene=NAME -->` and `<!-- end -->`; where the
-record is not there yet, the page says so.
+record is not there yet, the page says so. A PATH with a `*` is that record of every GPU.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from pathlib import Path
 import plots
 from tables import demo_table, digits_table, distill_table, end_to_end_table
 from tables_bench import bench_table
+from tables_gpu import gpu_tables
 
 ROOT = Path(__file__).parent.parent
 CURVES = Path("bench/results/cpu/curves.json")
 PLOTS = Path("docs/plots")
 MARK = re.compile(r"<!-- record: (?P<path>\S+)(?: scene=(?P<scene>\w+))? -->\n.*?<!-- end -->", re.DOTALL)
 NO_RECORD = "*No record yet; `make bench` leaves it.*"
+NO_GPU_RECORD = "*No record yet; `make gpu` leaves it.*"
 
 
 def plot_lines(record: dict) -> str:
@@ -43,7 +45,7 @@ def _record(path: Path) -> dict | None:
     if not path.exists():
         return None
     record = json.loads(path.read_text())
-    if record.get("quick"):
+    if record.get("quick") or record.get("dry"):
         raise ValueError(f"{path.relative_to(ROOT)} is a quick check, not a measurement")
     return record
 
@@ -52,8 +54,12 @@ def rendered(text: str) -> str:
     """`text` with every marked table made anew from its record."""
 
     def table(match: re.Match) -> str:
-        record = _record(ROOT / match["path"])
-        made = NO_RECORD if record is None else TABLES[record["kind"]](record, match["scene"])
+        if "*" in match["path"]:
+            found = [_record(path) for path in sorted(ROOT.glob(match["path"]))]
+            made = gpu_tables(found) if found else NO_GPU_RECORD
+        else:
+            record = _record(ROOT / match["path"])
+            made = NO_RECORD if record is None else TABLES[record["kind"]](record, match["scene"])
         opening = match[0].split("\n", 1)[0]
         return f"{opening}\n{made}\n<!-- end -->"
 

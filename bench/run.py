@@ -3,6 +3,7 @@
     python bench/run.py                          # the shapes with targets
     python bench/run.py --cases curves           # the curves over L, keep, head_dim and M too
     python bench/run.py --only svdq_linear       # some groups, printed; a record only where --out names one
+    python bench/run.py --cases dry              # a GPU's cases, rehearsed on the CPU; the record is marked dry
 
 A case that fails is recorded with its error, the run goes on, and the exit status is 1 at the end.
 """
@@ -10,7 +11,7 @@ A case that fails is recorded with its error, the run goes on, and the exit stat
 from __future__ import annotations
 
 import argparse
-import json
+import statistics
 import sys
 import time
 import traceback
@@ -20,16 +21,17 @@ from pathlib import Path
 
 import registry
 import torch
-from case import Calls, Case
-from timing import alternate, ceilings, once, poison, tensors_of
+from case import FAILURES, SETS, Calls, Case, error_line
+from gpu_environment import commit_of
+from gpu_supervise import LOST, LOST_ERROR, Progress, context_is_lost
+from timing import Graphed, alternate, ceilings, once, poison, tensors_of
 from tqdm import tqdm
 
 from triskele import machine
 
 ROOT = Path(__file__).parent.parent
-FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ImportError, ArithmeticError, OSError,
-            AssertionError, MemoryError)
-"""What a case or a peer may raise without ending the run: all but what ends a program."""
+BEST_DENSE = "the best sdpa"
+"""Name of the ratio to the fastest of several dense attentions."""
 
 
 def measure(case: Case, device: torch.device, ceiling: dict, seconds: float, *, peers: bool = True) -> dict:
@@ -39,18 +41,42 @@ def measure(case: Case, device: torch.device, ceiling: dict, seconds: float, *, 
     absent = dict(calls.absent)
     running = _running(calls, device, absent) if peers else {}
     once(calls.ours, device)
-    timings = alternate({"triskele": calls.ours, **running}, device, seconds=seconds, warm=True)
+    timed, extra = {"triskele": calls.ours, **running}, {}
+    if calls.graphed and device.type == "cuda":
+        timed, extra = _graphed(timed, calls.uncaptured, device)
+    timings = alternate(timed, device, seconds=seconds, warm=True)
     _check_result(calls.ours())
     ours = timings["triskele"].median_ms
+    dense = [t.median_ms for name, t in timings.items() if name.startswith("sdpa")]
+    best = {BEST_DENSE: min(dense) / ours} if len(dense) > 1 else {}
+    if calls.backends:
+        extra["backends"] = calls.backends
     floor = {"operations_ms": calls.flops / ceiling[f"{calls.unit}_tflop_s"] / 1e9,
              "bytes_ms": calls.bytes / ceiling["copy_gb_s"] / 1e6}
     return {
         "name": case.name, "group": case.group, "label": case.label, "curves": case.curves, "unit": calls.unit,
         "timings": {name: asdict(timing) for name, timing in timings.items()},
-        "ratios": {name: t.median_ms / ours for name, t in timings.items() if name != "triskele"},
+        "ratios": {name: t.median_ms / ours for name, t in timings.items() if name != "triskele"} | best,
         "targets": case.targets, "absent": absent, "flops": calls.flops, "bytes": calls.bytes, "floor": floor,
-        "of_floor": max(floor.values()) / ours,
+        "of_floor": max(floor.values()) / ours, **extra,
     }
+
+
+def _graphed(calls: dict, uncaptured: tuple[str, ...], device: torch.device) -> tuple[dict, dict]:
+    """The calls as CUDA graphs, as far as they can be captured, and for the row: what cannot, and ours without one."""
+    eager = statistics.median(once(calls["triskele"], device) for _ in range(9))
+    timed, refused = {}, {}
+    for name, call in calls.items():
+        if name in uncaptured:
+            timed[name], refused[name] = call, "waits for the GPU"
+            continue
+        try:
+            timed[name] = Graphed(call, max(2 * SETS, getattr(call, "sets", 1)))
+            once(timed[name], device)
+        except FAILURES as error:
+            torch.cuda.synchronize()
+            timed[name], refused[name] = call, error_line(error)
+    return timed, {"eager_ms": eager, "not_captured": refused}
 
 
 def _running(calls: Calls, device: torch.device, absent: dict) -> dict:
@@ -60,7 +86,7 @@ def _running(calls: Calls, device: torch.device, absent: dict) -> dict:
         try:
             once(call, device)
         except FAILURES as error:
-            absent[name] = f"fails here: {_line(error)}"
+            absent[name] = f"fails here: {error_line(error)}"
         else:
             running[name] = call
     return running
@@ -74,17 +100,13 @@ def _check_result(result) -> None:
     poison(result)
 
 
-def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
-
-
 def measured(case: Case, device: torch.device, ceiling: dict, seconds: float, *, peers: bool = True) -> dict:
     """`measure`, or the record of its failure."""
     try:
         return measure(case, device, ceiling, seconds, peers=peers)
     except FAILURES as error:
         traceback.print_exc()
-        return {"name": case.name, "group": case.group, "error": _line(error)}
+        return {"name": case.name, "group": case.group, "error": error_line(error)}
 
 
 def describe(row: dict) -> str:
@@ -97,42 +119,62 @@ def describe(row: dict) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", choices=("short", "curves"), default="short")
+    parser.add_argument("--cases", choices=("short", "curves", "dry"), default="short")
     parser.add_argument("--only", help="groups, or parts of names, comma-separated")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=3.0, help="a case")
+    parser.add_argument("--budget", type=float, help="seconds in all: the cases that are left then are not measured")
     parser.add_argument("--no-peers", action="store_true", help="ours alone")
     parser.add_argument("--out", type=Path, help="the record (default bench/results/<device>/<cases>.json)")
+    parser.add_argument("--resume", action="store_true", help="go on where the last process, which was lost, stood")
     args = parser.parse_args(arguments)
-    device = torch.device(args.device)
+    dry = args.cases == "dry"
+    device = torch.device("cpu" if dry else args.device)
     known = registry.cases(args.cases, device.type)
     chosen = known if args.only is None else [
         c for c in known if any(part == c.group or part in c.name for part in args.only.split(","))]
     if not chosen:
         parser.error(f"--only: expected some of {sorted({c.group for c in known})}, got {args.only}")
     out = args.out
-    if out is None and args.only is None:
+    if out is None and args.only is None and not dry:
         out = ROOT / "bench" / "results" / device.type / f"{args.cases}.json"
-    record = {"kind": "bench", "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-              "machine": machine.describe(), "seconds_a_case": args.seconds, "ceilings": ceilings(device), "cases": []}
     start = time.perf_counter()
-    for case in (bar := tqdm(chosen)):
+    progress = Progress(None if out is None else out.with_suffix(".partial"), lambda: _fresh(args, device), args.resume)
+    record = progress.record
+    if progress.interrupted is not None:
+        record["cases"].append({"name": progress.interrupted, "group": "", "error": LOST_ERROR})
+    measured_before = {row["name"] for row in record["cases"]}
+    for case in (bar := tqdm([case for case in chosen if case.name not in measured_before])):
+        if args.budget is not None and time.perf_counter() - start > args.budget:
+            record.setdefault("left_out", []).append(case.name)
+            continue
         bar.set_description(case.name)
+        progress.begin(case.name)
         record["cases"].append(measured(case, device, record["ceilings"], args.seconds, peers=not args.no_peers))
         tqdm.write(describe(record["cases"][-1]))
-        if out is not None:
-            _write(out.with_suffix(".partial"), record)  # what is left where the run is cut off
+        progress.done()
+        if failed(record["cases"][-1]) and context_is_lost(device):
+            return LOST
     record["wall_seconds"] = time.perf_counter() - start
     if out is not None:
-        _write(out, record)
-        out.with_suffix(".partial").unlink()
+        progress.finish(out)
         print(f"record: {out}")
-    return 1 if any("error" in row for row in record["cases"]) else 0
+    return 1 if any(map(failed, record["cases"])) else 0
 
 
-def _write(path: Path, record: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+def _fresh(args, device: torch.device) -> dict:
+    """A record without cases."""
+    dry, described = args.cases == "dry", machine.describe()
+    described["commit"] = commit_of(described)
+    return {"kind": "bench", "when": datetime.now(timezone.utc).isoformat(timespec="seconds"), "machine": described,
+            "seconds_a_case": args.seconds, "ceilings": ceilings(device, 0.0, 256) if dry else ceilings(device),
+            "cases": []} | ({"dry": True} if dry else {})
+
+
+def failed(row: dict) -> bool:
+    """Whether the case or one of our own backends failed; peers may."""
+    return "error" in row or any(name.startswith("triskele ") and why.startswith("fails here")
+                                 for name, why in row["absent"].items())
 
 
 if __name__ == "__main__":

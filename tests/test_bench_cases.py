@@ -137,7 +137,7 @@ def test_only_leaves_the_full_record_alone(bench, monkeypatch):
     run = bench("run")
     monkeypatch.setattr(run, "ceilings", lambda _: CEILING)
     monkeypatch.setattr(run, "measured", lambda case, *_, **__: {"name": case.name, "group": "", "error": "x"})
-    monkeypatch.setattr(run, "_write", lambda *_: pytest.fail("wrote a record"))
+    monkeypatch.setattr(run.Progress, "finish", lambda *_: pytest.fail("wrote a record"))
     assert run.main(["--only", "sla_route", "--device", "cpu"]) == 1
     with pytest.raises(SystemExit):
         run.main(["--only", "nothing", "--device", "cpu"])

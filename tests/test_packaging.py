@@ -45,6 +45,7 @@ def empty_environment(wheel, tmp_path_factory):
 def test_wheel_holds_everything(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     for wanted in ("triskele/libtriskele_cpu.so", "triskele/triton_kernels/__init__.py", "triskele/assets/__init__.py",
+                   "triskele/verified.json",
                    "triskele/assets/digits-wan/transformer/config.json", "triskele/diffusers/adapters/wan.py"):
         assert wanted in names, wanted
     assert any(n.startswith("triskele/_C.") for n in names)

@@ -47,6 +47,26 @@ def cuda_library() -> list[str]:
     return []
 
 
+def _chip() -> tuple[int, int]:
+    return torch.cuda.get_device_capability()
+
+
+def cuda_sm80() -> list[str]:
+    """Reasons why the CUDA kernels of *_sm80.cu cannot run here: they need sm_80 or later."""
+    if reasons := cuda_library():
+        return reasons
+    major, minor = _chip()
+    return [] if major >= 8 else [f"needs compute capability 8.0 or later, got {major}.{minor}"]
+
+
+def cuda_sm90() -> list[str]:
+    """Reasons why the CUDA kernels of *_sm90.cu cannot run here: their instructions are sm_90's alone."""
+    if reasons := cuda_library():
+        return reasons
+    major, minor = _chip()
+    return [] if (major, minor) == (9, 0) else [f"needs compute capability 9.0, got {major}.{minor}"]
+
+
 @functools.cache
 def triton_package() -> list[str]:
     """Reasons why Triton kernels cannot run here; empty when they can."""
@@ -56,7 +76,8 @@ def triton_package() -> list[str]:
         import triton  # noqa: F401
     except ImportError as error:
         return [f"triton does not import: {error}"]
-    return []
+    major, minor = _chip()
+    return [] if major >= 8 else [f"needs compute capability 8.0 or later, got {major}.{minor}"]
 
 
 def cpu_level() -> str | None:

@@ -6,12 +6,18 @@ reason against the inputs runs. Nothing catches an exception to fall back: what 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import functools
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 
 NAMES = ("cuda", "triton", "cpu", "reference")
+VERIFIED = Path(__file__).parent / "verified.json"
+"""{"op/backend": {architecture: record}}, written by bench/verify.py from the records of `make gpu`."""
 
 
 def _no_reason(*_args, **_kwargs) -> list[str]:
@@ -26,8 +32,8 @@ class Backend:
     run       the launcher, called with the op's inputs
     why_not   reasons, on these inputs, that this backend refuses them; empty list: it takes them
     missing   reasons that this machine cannot run it at all (a library, a device), whatever the inputs
-    verified  GPU backends: architectures ("sm90") on which its tests passed on hardware, with a record under
-              bench/results/. `auto` picks it on those alone; asked for by name it runs anywhere.
+    verified  GPU backends: architectures ("sm90") on which its tests passed on hardware. `register` fills it from
+              verified.json, by hand nobody does. `auto` picks it on those alone; asked for by name it runs anywhere.
     """
 
     name: str
@@ -69,8 +75,43 @@ def register(op: str, table: tuple[Backend, ...]) -> tuple[Backend, ...]:
     order = [NAMES.index(backend.name) for backend in table]
     if order != sorted(set(order)):
         raise ValueError(f"{op}: expected backends in the order {NAMES}, got {[b.name for b in table]}")
-    TABLES[op] = table
-    return table
+    TABLES[op] = tuple(_with_records(op, backend) for backend in table)
+    return TABLES[op]
+
+
+@functools.cache
+def _records() -> dict[str, dict[str, str]]:
+    return json.loads(VERIFIED.read_text())
+
+
+def _with_records(op: str, backend: Backend) -> Backend:
+    found = _records().get(f"{op}/{backend.name}", {})
+    return replace(backend, verified=tuple(sorted({*backend.verified, *found})))
+
+
+_measured: tuple[str, ...] | None = None
+
+
+@contextmanager
+def measuring(*names: str) -> Iterator[None]:
+    """While it lasts, `auto` picks these GPU backends, verified or not, and no other GPU backend.
+
+    For the runs that make the records, and for comparisons. It holds for the whole process: autograd's threads choose
+    backends too.
+    """
+    global _measured
+    before, _measured = _measured, names
+    try:
+        yield
+    finally:
+        _measured = before
+
+
+def may_pick(backend: Backend) -> bool:
+    """Whether `auto` may pick it on some device."""
+    if backend.device_type != "cuda":
+        return True
+    return bool(backend.verified) if _measured is None else backend.name in _measured
 
 
 def architecture(device: torch.device) -> str:
@@ -85,7 +126,9 @@ def _first_tensor(inputs, kwargs) -> torch.Tensor:
 
 def _trusted(backend: Backend, device: torch.device) -> bool:
     """Whether `auto` may pick it: a GPU kernel counts once its tests have passed on this architecture."""
-    return backend.device_type != "cuda" or architecture(device) in backend.verified
+    if backend.device_type == "cuda" and _measured is None:
+        return architecture(device) in backend.verified
+    return may_pick(backend)
 
 
 def _reasons(backend: Backend, device: torch.device, wanted: str, table, inputs, kwargs) -> list[str]:
@@ -103,6 +146,8 @@ def _reasons(backend: Backend, device: torch.device, wanted: str, table, inputs,
             return [f"auto does not pick it where the device has a kernel ({', '.join(kernels)}); "
                     "ask for backend='reference'"]
     if wanted == "auto" and not _trusted(backend, device):
+        if _measured is not None:
+            return [f"only {', '.join(_measured) or 'no GPU backend'} is being measured"]
         return [f"not verified on {architecture(device)} hardware yet; ask for backend={backend.name!r}"]
     return []
 

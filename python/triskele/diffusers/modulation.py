@@ -13,7 +13,7 @@ from types import MethodType
 
 import torch
 
-from triskele.backend import TABLES
+from triskele.backend import TABLES, may_pick
 from triskele.diffusers.interface import Adapter, Replaced
 from triskele.diffusers.undo import UndoLog
 from triskele.ops import adaln_modulate, gate_residual
@@ -95,8 +95,7 @@ def plain_norms(*norms) -> bool:
 def _devices() -> tuple[str, ...]:
     """Device types on which both ops have a kernel that `auto` may pick."""
     def of(op):
-        return {b.device_type for b in TABLES[op] if b.name != "reference" and not b.missing()
-                and (b.device_type != "cuda" or b.verified)}
+        return {b.device_type for b in TABLES[op] if b.name != "reference" and not b.missing() and may_pick(b)}
     return tuple(sorted(of("adaln.modulate") & of("adaln.gate")))
 
 
