@@ -1,6 +1,7 @@
 // V neighbouring elements that move in one memory transaction, and their arithmetic type.
 #pragma once
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
 #include <cstdint>
 
@@ -12,8 +13,13 @@ struct alignas(sizeof(T) * V) Pack {
 };
 
 __device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ __forceinline__ float widen(__half value) { return __half2float(value); }
 __device__ __forceinline__ float widen(float value) { return value; }
 __device__ __forceinline__ double widen(double value) { return value; }
+
+__device__ __forceinline__ void narrow(float value, __nv_bfloat16& to) { to = __float2bfloat16(value); }
+__device__ __forceinline__ void narrow(float value, __half& to) { to = __float2half(value); }
+__device__ __forceinline__ void narrow(float value, float& to) { to = value; }
 
 template <class T, int V>
 __device__ __forceinline__ Pack<T, V> load(const T* from) {

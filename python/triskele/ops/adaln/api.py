@@ -26,7 +26,8 @@ def adaln_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, ro
     row_index     [B] int64, in [0, R); None: R is B or 1
     weight, bias  [C] floating, the norm's own; None: 1 and 0
     eps           a number >= 0
-    backend       "auto", "cpu" (x in float32 or bfloat16; float32 inside), "reference" (float64, every case)
+    backend       "auto", "cuda" and "triton" (x in float32, bfloat16 or float16), "cpu" (x in float32 or bfloat16), all
+                  three float32 inside; "reference" (float64, every case)
 
     Returns [B, L, C] in x's dtype. Differentiable in every floating argument.
     Raises ValueError for shapes, dtypes, devices that do not fit and for indices out of range (those on a GPU are not

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from triskele._native import cpu_library
 from triskele.backend import Backend, register
-from triskele.ops.sla import reference
+from triskele.ops.sla import cuda_backend, cuda_backward_backend, cuda_route_backend, reference, triton_backend
 from triskele.ops.sla.reference import Settings
 
 native = torch.ops.triskele_native
@@ -56,14 +56,20 @@ def _cpu_backward(q, k, v, block_map, o_sparse, _o_linear, lse, d_sparse, d_line
 
 
 register("sla.route", (
+    cuda_route_backend.ROUTE,
+    Backend("triton", triton_backend.route, triton_backend.why_not, triton_backend.missing),
     Backend("cpu", _cpu_route, missing=cpu_library),
     Backend("reference", reference.route),
 ))
 register("sla.forward", (
+    cuda_backend.FORWARD,
+    Backend("triton", triton_backend.forward, triton_backend.why_not, triton_backend.missing),
     Backend("cpu", _cpu_forward, _cpu_why_not, missing=cpu_library),
     Backend("reference", reference.forward),
 ))
 register("sla.backward", (
+    cuda_backward_backend.BACKWARD,
+    Backend("triton", triton_backend.backward, triton_backend.why_not, triton_backend.missing),
     Backend("cpu", _cpu_backward, _cpu_why_not, missing=cpu_library),
     Backend("reference", reference.backward),
 ))

@@ -6,7 +6,7 @@ import torch
 
 from triskele import _native
 from triskele.backend import Backend, register
-from triskele.ops.taa import reference
+from triskele.ops.taa import reference, triton_backend
 
 
 def _native_run(name: str):
@@ -43,6 +43,18 @@ def _residual_cuda(x, eps, noise, a, b, c, past_r, order) -> list[str]:
     return _dtype_reasons(x, eps) + _cuda_reasons(len(past_r), len(a))
 
 
+def _residual_triton(x, eps, noise, a, b, c, past_r, order) -> list[str]:
+    return _dtype_reasons(x, eps) + triton_backend.reasons(len(past_r))
+
+
+def _update_triton(x, residual, past_x, past_r, gamma, eps, *_rest) -> list[str]:
+    return _dtype_reasons(x, eps) + triton_backend.reasons(len(past_r))
+
+
+def _gamma_triton(squares, gram, rhs, limits, lengths, *_rest) -> list[str]:
+    return triton_backend.reasons(len(lengths))
+
+
 def _update_cpu(x, residual, past_x, past_r, gamma, eps, *_rest) -> list[str]:
     return _dtype_reasons(x, eps)
 
@@ -55,19 +67,22 @@ def _gamma_cuda(squares, gram, rhs, limits, lengths, *_rest) -> list[str]:
     return _cuda_reasons(len(lengths), len(squares))
 
 
-# The CUDA kernels (csrc/cuda/taa_step_sm80.cu) have not run on hardware yet: `verified` is empty.
+# The CUDA kernels: csrc/cuda/taa_{residual,gamma,update}_sm80.cu.
 RESIDUAL = register("taa.residual", (
-    Backend("cuda", _native_run("taa_residual"), why_not=_residual_cuda, missing=_native.cuda_library),
+    Backend("cuda", _native_run("taa_residual"), why_not=_residual_cuda, missing=_native.cuda_sm80),
+    Backend("triton", triton_backend.residual, why_not=_residual_triton, missing=_native.triton_package),
     Backend("cpu", _native_run("taa_residual"), why_not=_residual_cpu, missing=_native.cpu_library),
     Backend("reference", reference.residual),
 ))
 UPDATE = register("taa.update", (
-    Backend("cuda", _native_run("taa_update"), why_not=_update_cuda, missing=_native.cuda_library),
+    Backend("cuda", _native_run("taa_update"), why_not=_update_cuda, missing=_native.cuda_sm80),
+    Backend("triton", triton_backend.update, why_not=_update_triton, missing=_native.triton_package),
     Backend("cpu", _native_run("taa_update"), why_not=_update_cpu, missing=_native.cpu_library),
     Backend("reference", reference.update),
 ))
 GAMMA = register("taa.gamma", (
-    Backend("cuda", _native_run("taa_gamma"), why_not=_gamma_cuda, missing=_native.cuda_library),
+    Backend("cuda", _native_run("taa_gamma"), why_not=_gamma_cuda, missing=_native.cuda_sm80),
+    Backend("triton", triton_backend.gamma, why_not=_gamma_triton, missing=_native.triton_package),
     Backend("cpu", _native_run("taa_gamma"), missing=_native.cpu_library),
     Backend("reference", reference.gamma),
 ))

@@ -6,7 +6,7 @@ import torch
 
 from triskele import _native
 from triskele.backend import Backend, register
-from triskele.ops.vmoba import reference
+from triskele.ops.vmoba import reference, triton_backend
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -36,14 +36,18 @@ def _cpu_backward_why_not(_grad, q, *_rest) -> list[str]:
 
 
 register("vmoba.select", (
+    Backend("triton", triton_backend.select, triton_backend.why_not, missing=triton_backend.missing),
     Backend("cpu", _cpu_select, missing=_native.cpu_library),
     Backend("reference", reference.select),
 ))
 register("vmoba.attention", (
+    Backend("triton", triton_backend.attention, triton_backend.why_not, missing=triton_backend.missing),
     Backend("cpu", _cpu_attention, _cpu_why_not, missing=_native.cpu_library),
     Backend("reference", reference.attention),
 ))
 register("vmoba.attention_backward", (
+    Backend("triton", triton_backend.attention_backward, triton_backend.backward_why_not,
+            missing=triton_backend.missing),
     Backend("cpu", _cpu_attention_backward, _cpu_backward_why_not, missing=_native.cpu_library),
     Backend("reference", reference.attention_backward),
 ))
