@@ -130,10 +130,10 @@ def sampling() -> list[Row]:
     window, size = 100, 4 * 64 * 64
     elements, shape = window * size, "SD v1.5, w 100, memory 2"
     return [
-        Row("TAA pass one", shape, 14 * elements, {}, 0.022,
-            "32 blocks: the chip's latency 25 times, four rows asked for at a time; then the sum of the shares"),
+        Row("TAA pass one", shape, 14 * elements, {}, 0.018,
+            "32 blocks: the chip's latency 13 times, eight rows asked for at a time; then the sum of the shares"),
         Row("TAA small solve", shape, 8 * window * 4, {}, 0.006, "one block, four trips to memory"),
-        Row("TAA pass two", shape, 20 * elements, {}, 0.015, "as pass one, eight rows at a time"),
+        Row("TAA pass two", shape, 20 * elements, {}, 0.015, "as pass one"),
     ]
 
 

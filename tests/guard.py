@@ -17,9 +17,10 @@ _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _NONE, _PAGE = 0, mmap.PAGESIZE
 
 
-def guarded(x: torch.Tensor, side: str = "end") -> torch.Tensor:
+def guarded(x: torch.Tensor, side: str = "end", alignment: int = 1) -> torch.Tensor:
     """The same values and strides; the last element (side "end") or the first ("start") touches an inaccessible page.
 
+    alignment: the address is a multiple of it if that of x is, so that a few bytes may lie before the page.
     Elements between the strides, and those up to the far page, are NaN (or the dtype's largest).
     """
     if side not in ("start", "end"):
@@ -36,6 +37,8 @@ def guarded(x: torch.Tensor, side: str = "end") -> torch.Tensor:
     # NaN in every floating dtype of 2, 4 and 8 bytes; the largest in unsigned ones
     poison.fill_(1 if x.dtype == torch.bool else 0xFF)
     offset = _PAGE if side == "start" else _PAGE + room - size
+    if extent and x.data_ptr() % alignment == 0:
+        offset -= offset % alignment
     if extent == 0:
         nothing = torch.frombuffer(pages, dtype=torch.uint8, offset=offset - (side == "end"), count=1)[:0]
         return nothing.view(x.dtype).as_strided(x.shape, x.stride())
@@ -65,21 +68,37 @@ def _native_ops() -> list[str]:
     return sorted({n.split("::")[1].split(".")[0] for n in names if n.startswith("triskele_native::")})
 
 
-def _place(value, side: str, placed: list):
+def _place(value, side: str, alignment: int, placed: list):
     if isinstance(value, torch.Tensor) and value.device.type == "cpu":
-        placed.append((value, guarded(value, side)))
+        placed.append((value, guarded(value, side, alignment)))
         return placed[-1][1]
     if isinstance(value, (list, tuple)):
-        return [_place(v, side, placed) for v in value]
+        return [_place(v, side, alignment, placed) for v in value]
     return value
+
+
+def guarded_op(name: str, op, side: str, alignment: int = 1):
+    """`op` on guarded copies of its tensors. They are compared with the originals afterwards: a kernel does not write
+    to its inputs."""
+
+    def call(*arguments):
+        placed = []
+        arguments = [_place(a, side, alignment, placed) for a in arguments]
+        _fence(1)
+        try:
+            out = op(*arguments)
+        finally:
+            _fence(0)
+        for before, after in placed:
+            assert torch.equal(_bytes(before), _bytes(after)), f"{name} wrote to its input {list(before.shape)}"
+        return out
+
+    return call
 
 
 @contextlib.contextmanager
 def guarded_arguments(side: str):
-    """Inside, every tensor that a native op is given is replaced by its `guarded` copy; side "none": nothing is.
-
-    The copies are compared with the originals afterwards: a kernel does not write to its inputs.
-    """
+    """Inside, every native op is a `guarded_op`; side "none": none is."""
     if side == "none":
         yield
         return
@@ -89,23 +108,8 @@ def guarded_arguments(side: str):
         raise RuntimeError("; ".join(reasons))
     native = torch.ops.triskele_native
     real = {name: getattr(native, name) for name in _native_ops()}
-
-    def wrapped(name, op):
-        def call(*arguments):
-            placed = []
-            arguments = [_place(a, side, placed) for a in arguments]
-            _fence(1)
-            try:
-                out = op(*arguments)
-            finally:
-                _fence(0)
-            for before, after in placed:
-                assert torch.equal(_bytes(before), _bytes(after)), f"{name} wrote to its input {list(before.shape)}"
-            return out
-        return call
-
     for name, op in real.items():
-        setattr(native, name, wrapped(name, op))
+        setattr(native, name, guarded_op(name, op, side))
     try:
         yield
     finally:

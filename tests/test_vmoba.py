@@ -198,10 +198,10 @@ def test_dtypes_that_the_kernel_refuses(dtype):
 
 def test_tables():
     rows = {(r.op, r.backend): r.runs_here for r in triskele.backends() if r.op.startswith("vmoba")}
-    assert rows == {(f"vmoba.{op}", b): True for op in ("select", "attention", "attention_backward") for b in BACKENDS}
+    assert all(rows[f"vmoba.{op}", b] for op in ("select", "attention", "attention_backward") for b in BACKENDS)
     mask = torch.ones(2, 3, 3, 24, dtype=torch.bool)
     choice = backends.explain("vmoba.attention", Q, Q, Q, None, torch.tensor([0, 8, 16, 24]).int(), mask)
-    assert choice.chosen == "cpu" and choice.reasons == {"reference": ["cpu comes first"]}
+    assert choice.chosen == "cpu" and choice.reasons["reference"] == ["cpu comes first"]
 
 
 # ---- custom ops

@@ -9,6 +9,7 @@ namespace triskele::TRISKELE_LEVEL::svdq {
 // A block of tokens: codes [ceil(tiles / 2), Kp / 64, 2, 16, 64] (an odd last tile without the 2), and the low-rank
 // branch's projections as A tiles of three bfloat16 planes [tiles, 3, ranks / 32, 16, 32].
 struct Tokens {
+  Tokens(const Gemm& p, int64_t most, bool with_codes);
   int64_t row = -1, rows = 0;
   Buffer<int8_t> codes;
   Buffer<uint16_t> down;
@@ -22,6 +23,10 @@ inline int64_t whole_groups(const Gemm& p, int64_t tiles) {
 }
 
 inline int64_t rank_steps(const Gemm& p) { return (p.rank + tile::kDepth - 1) / tile::kDepth; }
+
+inline Tokens::Tokens(const Gemm& p, int64_t most, bool with_codes)
+    : codes(buffer<int8_t>(with_codes ? most * p.padded : 0)),
+      down(buffer<uint16_t>(most * 3 * rank_steps(p) * tile::kDepth)) {}
 
 inline void pack_down(const Gemm& p, int64_t row, int64_t rows, Tokens& to) {
   to.row = row, to.rows = rows;
@@ -54,9 +59,10 @@ inline void pack_tokens(const Gemm& p, int64_t row, int64_t rows, Tokens& to) {
 
 // What follows the sums, of one block of channels: 2^e, the bias, lora_up as B tiles of three planes.
 struct Finish {
-  Floats unit, bias;
-  Buffer<uint16_t> up;  // [3, ranks / 32, 16, 32]
-  bool up_is_exact;     // its first plane is all of it
+  explicit Finish(const Gemm& p) : up(buffer<uint16_t>(3 * rank_steps(p) * tile::kWords)) {}
+  Floats unit{}, bias{};
+  Buffer<uint16_t> up;       // [3, ranks / 32, 16, 32]
+  bool up_is_exact = false;  // its first plane is all of it
 };
 
 inline void prepare_finish(const Gemm& p, int64_t first, const Floats& unit, Finish& to) {

@@ -68,6 +68,11 @@ inline void multiply_planes(const int8_t* codes, const uint32_t* planes, int64_t
 
 // Scratch of a thread.
 struct PlaneScratch {
+  PlaneScratch(const Gemm& p, int64_t rows, int64_t kept)
+      : tokens(p, rows, true), finish(p), planes(buffer<uint32_t>(whole_groups(p, kStretch) * 2 * kSumWords)),
+        sums(buffer<int32_t>(kept * rows / kSideRows * 2 * kSumWords)), lowrank(buffer<float>(2 * kSumWords)) {
+    std::fill(lowrank.get(), lowrank.get() + 2 * kSumWords, 0.f);  // stays, without a rank
+  }
   Tokens tokens;
   Finish finish;
   Buffer<uint32_t> planes;  // of a stretch
@@ -128,12 +133,7 @@ inline void multiply_by_planes(const Gemm& p, const FixedScales& scales) {
   const int64_t kept = p.padded / kTileColumns > whole_groups(p, kSegment) ? width / kLanes : 1;
   torch::stable::parallel_for(0, token_blocks * chunks, 1, [&](int64_t begin, int64_t end) {
     const tile::Registers registers;
-    PlaneScratch scratch{
-        {-1, 0, buffer<int8_t>(rows * p.padded), buffer<uint16_t>(rows * 3 * rank_steps(p) * tile::kDepth)},
-        {{}, {}, buffer<uint16_t>(3 * rank_steps(p) * tile::kWords), false},
-        buffer<uint32_t>(whole_groups(p, kStretch) * 2 * kSumWords),
-        buffer<int32_t>(kept * rows / kSideRows * 2 * kSumWords), buffer<float>(2 * kSumWords)};
-    std::fill(scratch.lowrank.get(), scratch.lowrank.get() + 2 * kSumWords, 0.f);  // stays, without a rank
+    PlaneScratch scratch(p, rows, kept);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row = task / chunks * kBlockTokens, first = task % chunks * width;
       if (!scales.exact[first / kGranule]) continue;
@@ -186,9 +186,9 @@ inline void multiply_few(const Gemm& p, const FixedScales& scales) {
   torch::stable::parallel_for(0, (p.n + width - 1) / width, 1, [&](int64_t begin, int64_t end) {
     const tile::Registers registers;
     Panel panel{width, p.groups, buffer<uint32_t>(width * p.padded / 4), {}, {}, {}};
-    Tokens tokens{-1, 0, {}, buffer<uint16_t>(rows * 3 * rank_steps(p) * tile::kDepth)};
+    Tokens tokens(p, rows, false);
     pack_down(p, 0, p.m, tokens);
-    Finish finish{{}, {}, buffer<uint16_t>(3 * rank_steps(p) * tile::kWords), false};
+    Finish finish(p);
     const Buffer<int32_t> sums = buffer<int32_t>(2 * kSumWords);
     const Buffer<float> lowrank = buffer<float>(kSumWords);
     std::fill(lowrank.get(), lowrank.get() + kSumWords, 0.f);

@@ -50,7 +50,11 @@ inline void order_groups_of_64(const float* z, float factor, int64_t padded, int
     }
     const __m512i bytes = _mm512_maskz_permutexvar_epi8(~__mmask64{0}, (__m512i)even_odd, _mm512_load_si512(ordered));
     _mm512_storeu_si512(codes, bytes);
-    sums[g] = _mm512_reduce_add_epi32(_mm512_dpbusd_epi32(__m512i{}, _mm512_set1_epi8(1), bytes));
+    const Ints fours = (Ints)_mm512_dpbusd_epi32(__m512i{}, _mm512_set1_epi8(1), bytes);
+    int32_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int lane = 0; lane < 16; ++lane) sum += fours[lane];
+    sums[g] = sum;
   }
 }
 #endif
