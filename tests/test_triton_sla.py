@@ -15,7 +15,7 @@ from triskele.ops.sla import triton_backend
 
 @needs_triton
 @pytest.mark.parametrize("part, least", [
-    ("not vectors and not budget and not backward", 10),
+    ("not vectors and not budget and not backward", 9),
     ("vectors and ((seed903 and float32) or (elu_q64k64_seed0 and float16 and top50) or "
      "(top25_softmax_q128k64_seed1 and float32))", 6),
     ("budget or backward", 12),

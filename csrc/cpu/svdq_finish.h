@@ -30,6 +30,7 @@ inline Tokens::Tokens(const Gemm& p, int64_t most, bool with_codes)
 
 inline void pack_down(const Gemm& p, int64_t row, int64_t rows, Tokens& to) {
   to.row = row, to.rows = rows;
+  if (p.rank == 0) return;
   const int64_t steps = rank_steps(p), width = steps * tile::kDepth;
   const Buffer<float> lines = buffer<float>(kSideRows * width);
   for (int64_t t = 0; t < to.tiles(); ++t) {
