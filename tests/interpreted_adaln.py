@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from far import Far
 from generators import poisoned, strided, with_outliers
 from test_adaln import INDEX, doubled, inputs, plain_gate, plain_modulate
 from tolerance import assert_within_budget
@@ -23,7 +24,7 @@ def gate_of(v, index=None, run=triton_backend.gate):
 
 @pytest.mark.parametrize("dtype, table", [(torch.float32, torch.float32), (torch.float16, torch.float32),
                                           (torch.float16, torch.float16), (torch.float32, torch.float64)], ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 7), (3, 5, 16), (2, 9, 33), (1, 6, 1153)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 7), (3, 5, 16), (2, 9, 33), (1, 6, 1153), (1, 5, 8200)])
 def test_within_budget(shape, dtype, table):
     for affine, rows in itertools.product((False, True), (None, 1, 2)):
         v = inputs(*shape, rows=rows, dtype=dtype, table=table, affine=affine)
@@ -46,6 +47,12 @@ def test_samples_share_rows():
     one = {k: t[:1] if k in ("scale", "shift", "gate") else t for k, t in v.items()}
     assert torch.equal(modulate_of(one), modulate_of(v, torch.zeros(6, dtype=torch.int64)))
     assert torch.equal(gate_of(one), gate_of(v, torch.zeros(6, dtype=torch.int64)))
+
+
+def test_offsets_beyond_2_31_elements():
+    place, v = Far(), inputs(2, 3, 40)
+    far = {**v, **{name: place.place(v[name]) for name in ("x", "residual")}}
+    assert torch.equal(modulate_of(far), modulate_of(v)) and torch.equal(gate_of(far), gate_of(v))
 
 
 def test_a_large_mean_costs_no_digits():

@@ -107,6 +107,47 @@ def test_a_changed_kernel_changes_its_familys_fingerprint_alone(bench):
     assert sources.fingerprint("taa.update", "cuda", None) is None
 
 
+@pytest.mark.parametrize("path, stale", [
+    ("python/triskele/ops/svdq/cuda_backend.py", {"svdq/cuda"}),
+    ("python/triskele/ops/sla/cuda_route_backend.py", {"sla/cuda"}),
+    ("python/triskele/ops/vmoba/triton_backend.py", {"vmoba/triton"}),
+    ("python/triskele/ops/taa/backends.py", {"taa/cuda", "taa/triton"}),
+    ("python/triskele/ops/adaln/reference.py", {"adaln/cuda", "adaln/triton"}),
+    ("python/triskele/quantize/formats.py", {"svdq/cuda", "svdq/triton"}),  # pads what the kernels get
+    ("python/triskele/backend.py", set()), ("python/triskele/nn/__init__.py", set())])
+def test_a_changed_launcher_makes_its_entry_stale(bench, path, stale):
+    sources = bench("gpu_sources")
+    files = sources.on_disk()
+    assert path in files
+    changed = files | {path: "other"}
+    ops = {f"{op.split('.')[0]}/{backend}": (op, backend) for op, backend in sources.gpu_backends()}
+    moved = {name for name, pair in ops.items()
+             if sources.fingerprint(*pair, files) != sources.fingerprint(*pair, changed)}
+    assert moved == stale
+
+
+def test_what_runs_is_the_librarys_kernels_and_the_trees_launchers(bench, monkeypatch):
+    sources = bench("gpu_sources")
+    monkeypatch.setattr(sources, "built_from", lambda: {
+        path: digest for path, digest in sources.on_disk().items() if path.startswith("csrc/")})
+    assert sources.running("sla.forward", "cuda") == sources.current("sla.forward", "cuda")
+    monkeypatch.setattr(sources, "built_from", lambda: None)
+    assert sources.running("sla.forward", "cuda") is None
+    assert sources.running("sla.forward", "triton") == sources.current("sla.forward", "triton")
+
+
+def test_imports_are_followed(bench, tmp_path, monkeypatch):
+    sources = bench("gpu_sources")
+    monkeypatch.setattr(sources, "PACKAGE", tmp_path)
+    text = ("from . import c\nfrom ..d import e\nfrom triskele.ops.f import g\nimport os\n"
+            "def h():\n    import triskele.i.j\n    from triskele import backend\n")
+    for name in ("ops/a/b.py", "ops/a/c.py", "ops/d.py", "ops/f/__init__.py", "i/j.py", "backend.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text if name == "ops/a/b.py" else "")
+    found = {str(path.relative_to(tmp_path)) for path in sources._imported(tmp_path / "ops" / "a" / "b.py")}
+    assert found == {"ops/a/c.py", "ops/d.py", "ops/f/__init__.py", "i/j.py"}
+
+
 def test_the_library_of_other_sources_is_stale(bench, monkeypatch):
     build, sources = bench("gpu_build"), bench("gpu_sources")
     now = {path: digest for path, digest in sources.on_disk().items() if path.startswith("csrc/")}

@@ -34,3 +34,8 @@ def cases(chip: int, full: bool) -> Iterator[Case]:
     at = (80, 89, 90, 100, 120).index(chip)
     yield _case(torch.bfloat16, floats[at % 2], 3072 if at % 2 else 1536, bool(at % 2), bool(at % 3))
     yield _case(floats[at % 3], torch.float32, 16384 if at % 2 else 1153, not at % 2, not at % 3)
+
+
+def targets(chip: int) -> Iterator[Case]:
+    """A FLUX.1 block."""
+    yield _case(torch.bfloat16, torch.bfloat16, 3072, False, False)

@@ -18,12 +18,14 @@ MATRIX = ("forward_kernel", "queries_kernel", "keys_kernel")
 LINEAR = ("key_states_kernel", "query_states_kernel")
 
 
-def _case(chip: int, dtype: torch.dtype, dim: int, scope: str, feature: str, mask: bool, branch: str) -> Case:
-    """branch: what joins the sparse one; "proj" folded, "parts" also with o_linear, "alpha" or "none"."""
-    length = 4000  # not a multiple of 16: the kernels may not rely on it
-    q = torch.empty(1, 4, length, dim, dtype=dtype, device="meta")
+def _case(chip: int, dtype: torch.dtype, dim: int, scope: str, feature: str, mask: bool, branch: str,
+          heads: int = 4, length: int = 4000) -> Case:
+    """branch: what joins the sparse one; "proj" folded, "parts" also with o_linear, "alpha" or "none". length: not a
+    multiple of 16, the kernels may not rely on it."""
+    q = torch.empty(1, heads, length, dim, dtype=dtype, device="meta")
     wide, rows = (torch.empty(shape, device="meta") for shape in (q.shape, q.shape[:3]))
-    block_map = torch.empty(1, 4, -(-length // BLOCKS[0]), -(-length // BLOCKS[1]), dtype=torch.int8, device="meta")
+    block_map = torch.empty(1, heads, -(-length // BLOCKS[0]), -(-length // BLOCKS[1]), dtype=torch.int8,
+                            device="meta")
     seen = torch.empty(1, length, dtype=torch.bool, device="meta") if mask else None
     weight, bias = torch.empty(dim, dim, device="meta"), torch.empty(dim, device="meta")
     given = {"alpha": (None, None, rows), "none": (None, None, None)}.get(branch, (weight, bias, None))
@@ -62,3 +64,9 @@ def cases(chip: int, full: bool) -> Iterator[Case]:
         yield _case(chip, torch.float32, HEAD_DIMS[at], "marginal", "softmax", False, "alpha")
     else:
         yield _case(chip, half, HEAD_DIMS[at - 1], "all", "softmax", False, "proj")  # 128, 64, 80
+
+
+def targets(chip: int) -> Iterator[Case]:
+    """Wan2.1-1.3B at 81 x 480 x 832."""
+    for scope in ("all", "complement"):
+        yield _case(chip, torch.bfloat16, 128, scope, "softmax", False, "proj", 12, 32760)

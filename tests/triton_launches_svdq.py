@@ -61,3 +61,9 @@ def cases(chip: int, full: bool) -> Iterator[Case]:
     at = (80, 89, 90, 100, 120).index(chip)
     yield _case(chip, 4608, (bfloat16, float16, bfloat16, float32, bfloat16)[at], "int4", "int8")
     yield _case(chip, 64 if at % 2 else 3, bfloat16 if at % 2 == 0 else float32, "nvfp4" if at == 2 else "int4", "none")
+
+
+def targets(chip: int) -> Iterator[Case]:
+    """A FLUX.1 projection, many tokens and three."""
+    yield _case(chip, 4608, torch.bfloat16, "int4", "int8", n=3072)
+    yield _case(chip, 3, torch.bfloat16, "int4", "none", n=3072)

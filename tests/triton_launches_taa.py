@@ -40,3 +40,8 @@ def cases(chip: int, full: bool) -> Iterator[Case]:
     state = torch.float64 if chip == 100 else torch.float32
     size = 777 if at > 2 else 16384
     yield _case(state, state if at % 2 else torch.bfloat16, at, 8 if at % 2 else 100, bool(at % 2), size)
+
+
+def targets(chip: int) -> Iterator[Case]:
+    """SD v1.5, 100 steps, memory 2."""
+    yield _case(torch.float32, torch.bfloat16, 1, 100, False)

@@ -15,14 +15,15 @@ MODES = [("topk", "query"), ("threshold", "query"), ("topk", "all"), ("threshold
 MATRIX = ("vmoba_forward_kernel", "vmoba_queries_kernel", "vmoba_keys_kernel")
 
 
-def _case(chip: int, dtype: torch.dtype, dim: int, ordered: bool, odd: bool, modes) -> Case:
-    """odd: rows that do not start at whole 16 bytes; modes: of selection."""
-    length, chunks = 4000, 9  # not multiples of 16: the kernels may not rely on it
-    wide = torch.empty(1, 4, length, dim + 1 if odd else dim, dtype=dtype, device="meta")
-    q, lse = wide[..., :dim], torch.empty(1, 4, length, device="meta")
+def _case(chip: int, dtype: torch.dtype, dim: int, ordered: bool, odd: bool, modes, heads: int = 4,
+          length: int = 4000, chunks: int = 9) -> Case:
+    """odd: rows that do not start at whole 16 bytes; modes: of selection. length, chunks: not multiples of 16, the
+    kernels may not rely on it."""
+    wide = torch.empty(1, heads, length, dim + 1 if odd else dim, dtype=dtype, device="meta")
+    q, lse = wide[..., :dim], torch.empty(1, heads, length, device="meta")
     order = torch.empty(length, dtype=torch.int64, device="meta") if ordered else None
     bounds = torch.empty(chunks + 1, dtype=torch.int32, device="meta")
-    mask = torch.empty(1, chunks, 4, length, dtype=torch.bool, device="meta")
+    mask = torch.empty(1, chunks, heads, length, dtype=torch.bool, device="meta")
 
     def call():
         for mode, pool in modes:
@@ -48,3 +49,8 @@ def cases(chip: int, full: bool) -> Iterator[Case]:
     yield _case(chip, half, dims[0], False, True, MODES[:2])
     yield _case(chip, half, 128 if dims[0] != 128 else 64, True, False, MODES[2:])
     yield _case(chip, torch.float32, dims[2], True, False, MODES[:1])
+
+
+def targets(chip: int) -> Iterator[Case]:
+    """Wan2.1-1.3B at 81 x 480 x 832, chunks of 7 x 5 x 13 tokens."""
+    yield _case(chip, torch.bfloat16, 128, True, False, [("topk", "query"), ("threshold", "head")], 12, 32760, 72)

@@ -6,9 +6,11 @@ that waited for the device, or looked at a value, would fail here.
 A family lists its launches in `triton_launches_<family>.py`:
 
     def cases(chip: int, full: bool) -> Iterator[Case]      full: every dtype, head_dim and option, not the suite's few
+    def targets(chip: int) -> Iterator[Case]                the shapes that the kernels are made for
 
 Kernels are the functions named `*_kernel`. `python tests/triton_offline.py [--full] [--family sla] [--chip 90]
 [--case text] [--kernel text]` prints a line for each one built, and ends with 1 where one breaks a rule of `problems`.
+`--write` renders the targets into docs/triton_kernels.md (triton_page.py).
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from triskele.triton_kernels import configs
 
 TARGETS = configs.CHIPS
 SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # that a block may take
-MATRIX = re.compile(r"\b(HGMMA|IGMMA|QGMMA|HMMA|IMMA|QMMA|UTC[A-Z]*MMA)\b")
+MATRIX = re.compile(r"\b(HGMMA|IGMMA|QGMMA|HMMA|IMMA|QMMA|DMMA|UTC[A-Z]*MMA)\b")
 LOCAL = re.compile(r"\b(STL|LDL)\b")
 HALF = {80: ("HMMA",), 89: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA",), 120: ("HMMA",)}
 """The matrix instruction of 16-bit products (and of tf32 ones) on large enough tiles, by chip."""
@@ -67,6 +69,7 @@ class Built:
     warps: int
     matrix: dict  # matrix instructions in the machine code, by name
     local: int  # loads and stores of local memory
+    tensor: int = 0  # columns of tensor memory a block, of 512 (sm_100)
 
     def problems(self, matrix: tuple[str, ...] = ()) -> list[str]:
         """Broken rules: no spills, no local memory, shared memory within the chip's, the matrix instruction meant."""
@@ -90,6 +93,10 @@ def families() -> list[str]:
 
 def cases_of(family: str, chip: int, full: bool = False) -> Iterator[Case]:
     yield from importlib.import_module(f"triton_launches_{family}").cases(chip, full)
+
+
+def targets_of(family: str, chip: int) -> Iterator[Case]:
+    yield from importlib.import_module(f"triton_launches_{family}").targets(chip)
 
 
 @contextmanager
@@ -131,7 +138,8 @@ def build(launch: tuple, chip: int) -> Built:
     sass, usage = _disassemble(compiled.asm["cubin"])
     registers, stack = (int(re.search(rf"{word}:(\d+)", usage).group(1)) for word in ("REG", "STACK"))
     _BUILT[key] = Built(kernel.fn.__name__, chip, registers, stack, compiled.metadata.shared, options.num_warps,
-                        dict(Counter(MATRIX.findall(sass))), len(LOCAL.findall(sass)))
+                        dict(Counter(MATRIX.findall(sass))), len(LOCAL.findall(sass)),
+                        getattr(compiled.metadata, "tmem_size", None) or 0)
     return _BUILT[key]
 
 
@@ -168,7 +176,11 @@ def main() -> int:
     parser.add_argument("--chip", action="append", type=int, help="80, 89, 90, 100, 120; default all")
     parser.add_argument("--case", default="", help="only cases whose name holds this")
     parser.add_argument("--kernel", default="", help="only kernels whose name holds this")
+    parser.add_argument("--write", action="store_true", help="render docs/triton_kernels.md")
     args = parser.parse_args()
+    if args.write:
+        import triton_page
+        return triton_page.write()
     bad, seen = [], set()
     for family in args.family or families():
         for chip in args.chip or TARGETS:

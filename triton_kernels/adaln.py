@@ -4,7 +4,8 @@
     gate_kernel       residual + gate_r x                                           r = row_index[b]
 
 A token is held in registers between its mean, its variance and its result, so it is read once; all arithmetic is
-float32. A program of modulate_kernel makes the factor and the offset of its sample's row once, for several tokens.
+float32. A program of modulate_kernel makes the factor and the offset of its sample's row once, for several tokens; for
+very wide tokens, beside which they find no room in registers, anew for each.
 Contracts: python/triskele/ops/adaln/api.py.
 """
 
@@ -14,10 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triskele.triton_kernels.configs import adaln_gate_tile, adaln_modulate_tile
+from triskele.triton_kernels.configs import ADALN_HELD, adaln_gate_tile, adaln_modulate_tile
 
 SIZES = ["tokens", "blocks", "rows"]
-
 
 
 @triton.jit
@@ -33,26 +33,39 @@ def _row(index, b, rows, INDEXED: tl.constexpr):
     return r, poison
 
 
+@triton.jit
+def _factors(scale, shift, weight, bias, cols, inside, poison, WEIGHT: tl.constexpr, BIAS: tl.constexpr):
+    """(factor, offset): (z w + β)(1 + s) + t = z (w (1 + s)) + (β (1 + s) + t)."""
+    factor = 1.0 + poison + tl.load(scale + cols, mask=inside, other=0.0).to(tl.float32)
+    offset = tl.load(shift + cols, mask=inside, other=0.0).to(tl.float32)
+    if BIAS:
+        offset += tl.load(bias + cols, mask=inside, other=0.0).to(tl.float32) * factor
+    if WEIGHT:
+        factor *= tl.load(weight + cols, mask=inside, other=0.0).to(tl.float32)
+    return factor, offset
+
+
 @triton.jit(do_not_specialize=[*SIZES, "eps"])
 def modulate_kernel(x, scale, shift, index, weight, bias, out, x_b, x_l, scale_r, shift_r, tokens, channels, blocks,
                     rows, eps, INDEXED: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, TOKENS: tl.constexpr,
-                    CP: tl.constexpr):
-    """x[b, l, c] at x + b x_b + l x_l + c; out contiguous; CP: the channels, padded."""
+                    HELD: tl.constexpr, CP: tl.constexpr):
+    """x[b, l, c] at x + b x_b + l x_l + c; out contiguous; CP: the channels, padded; HELD: the row's factors stay in
+    registers."""
     b, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     r, poison = _row(index, b, rows, INDEXED)
     cols = tl.arange(0, CP)
     inside = cols < channels
-    factor = 1.0 + poison + tl.load(scale + r * scale_r + cols, mask=inside, other=0.0).to(tl.float32)
-    offset = tl.load(shift + r * shift_r + cols, mask=inside, other=0.0).to(tl.float32)
-    if BIAS:  # (z w + β)(1 + s) + t = z (w (1 + s)) + (β (1 + s) + t)
-        offset += tl.load(bias + cols, mask=inside, other=0.0).to(tl.float32) * factor
-    if WEIGHT:
-        factor *= tl.load(weight + cols, mask=inside, other=0.0).to(tl.float32)
+    scale += r * scale_r
+    shift += r * shift_r
+    if HELD:
+        factor, offset = _factors(scale, shift, weight, bias, cols, inside, poison, WEIGHT, BIAS)
     for token in range(block * TOKENS, tl.minimum(block * TOKENS + TOKENS, tokens)):
         b_x = tl.load(x + b * x_b + (b * 0 + token) * x_l + cols, mask=inside, other=0.0).to(tl.float32)
         mean = tl.sum(b_x, 0) / channels
         centered = tl.where(inside, b_x - mean, 0.0)
         inverse = 1.0 / tl.sqrt_rn(tl.sum(centered * centered, 0) / channels + eps)
+        if not HELD:
+            factor, offset = _factors(scale, shift, weight, bias, cols, inside, poison, WEIGHT, BIAS)
         y = centered * inverse * factor + offset
         tl.store(out + (b * tokens + token) * channels + cols, y.to(out.dtype.element_ty), mask=inside)
 
@@ -95,7 +108,8 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor, row_index: Tensor | None, 
     modulate_kernel[(batch * blocks,)](
         x, scale, shift, *(x if v is None else v for v in (row_index, weight, bias)), out, x.stride(0), x.stride(1),
         scale.stride(0), shift.stride(0), tokens, channels, blocks, len(scale), eps, INDEXED=row_index is not None,
-        WEIGHT=weight is not None, BIAS=bias is not None, TOKENS=tile.rows, CP=padded, **tile.options)
+        WEIGHT=weight is not None, BIAS=bias is not None, TOKENS=tile.rows, HELD=padded <= ADALN_HELD, CP=padded,
+        **tile.options)
     return out
 
 

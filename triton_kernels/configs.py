@@ -82,6 +82,7 @@ SLA_KEYS = {  # the backward's dK and dV; rows: queries, cols: keys
 }
 SLA_STATES = {  # rows: tokens a step of the outer products, cols: columns of a state
     (32, 16): Tile(64, 32, 4, 2), (64, 16): Tile(32, 64, 4, 2), (128, 16): Tile(32, 128, 8, 2),
+    (120, 128, 16): Tile(32, 64, 8, 2),
     (32, 32): Tile(32, 32, 4, 2), (64, 32): Tile(32, 32, 8, 2), (128, 32): Tile(16, 64, 8, 2),
 }
 SLA_SUM_ALL = {  # rows: of the state
@@ -100,8 +101,7 @@ SLA_SUM_SCOPE = {  # rows: blocks whose states are summed, depth: blocks of a st
 VMOBA_FORWARD = {
     (80, 32, 16): Tile(128, 64, 4, 3), (80, 64, 16): Tile(128, 64, 8, 3), (80, 128, 16): Tile(64, 64, 8, 3),
     (89, 32, 16): Tile(128, 64, 4, 3), (89, 64, 16): Tile(128, 64, 8, 3), (89, 128, 16): Tile(64, 64, 8, 2),
-    (90, 32, 16): Tile(128, 64, 4, 3), (90, 64, 16): Tile(128, 64, 8, 3), (90, 128, 16): Tile(128, 64, 8, 3),
-    (90, "<128", 16): Tile(128, 32, 8, 3),
+    (90, 32, 16): Tile(128, 64, 4, 3), (90, 64, 16): Tile(128, 64, 8, 3), (90, 128, 16): Tile(128, 32, 8, 3),
     (100, 32, 16): Tile(128, 64, 4, 3), (100, 64, 16): Tile(128, 64, 8, 3), (100, 128, 16): Tile(64, 64, 8, 2),
     (120, 32, 16): Tile(128, 64, 4, 3), (120, 64, 16): Tile(128, 64, 8, 3), (120, 128, 16): Tile(64, 64, 8, 2),
     (32, 32): Tile(16, 32, 4, 1), (64, 32): Tile(32, 32, 4, 1), (128, 32): Tile(16, 64, 8, 1),
@@ -119,8 +119,9 @@ VMOBA_BACKWARD_K = {  # dK and dV
     (80, 32, 16): Tile(64, 64, 4, 3), (80, 64, 16): Tile(32, 64, 4, 2), (80, 128, 16): Tile(32, 64, 8, 2),
     (89, 32, 16): Tile(64, 64, 4, 3), (89, 64, 16): Tile(64, 64, 8, 2), (89, 128, 16): Tile(32, 64, 8, 2),
     (90, 32, 16): Tile(64, 64, 4, 3), (90, 64, 16): Tile(64, 64, 4, 3), (90, 128, 16): Tile(64, 64, 8, 2),
-    (100, 32, 16): Tile(64, 64, 4, 3), (100, 64, 16): Tile(64, 64, 4, 3), (100, 128, 16): Tile(64, 64, 8, 2),
-    (120, 32, 16): Tile(64, 64, 4, 3), (120, 64, 16): Tile(64, 64, 8, 2), (120, 128, 16): Tile(32, 64, 8, 2),
+    (100, 32, 16): Tile(64, 64, 4, 3), (100, 64, 16): Tile(64, 64, 8, 2), (100, 128, 16): Tile(64, 64, 8, 2),
+    (120, 32, 16): Tile(64, 64, 4, 3), (120, 64, 16): Tile(64, 32, 4, 2), (120, 128, 16): Tile(32, 64, 8, 2),
+    (80, "<128", 32): Tile(32, 16, 8, 1), (89, "<128", 32): Tile(32, 16, 8, 1), (120, "<128", 32): Tile(32, 16, 8, 1),
     (32, 32): Tile(32, 16, 4, 1), (64, 32): Tile(32, 32, 4, 1), (128, 32): Tile(64, 16, 8, 1),
 }
 
@@ -160,8 +161,12 @@ def svdq_gemm_tile(device: torch.device, tokens: int, dtype: torch.dtype) -> Til
 
 # ---- taa ------------------------------------------------------------------------------------------------------------
 
-TAA_RESIDUAL = {4: Tile(8, 64, 1, 1), 8: Tile(4, 64, 1, 1)}
+TAA_RESIDUAL = {4: Tile(8, 64, 1, 1), 8: Tile(4, 32, 1, 1)}
 """By bytes of a state: rows and elements that a warp has in flight. One warp a program: its sums need no barrier."""
+
+TAA_RESIDUAL_REGISTERS = 255
+"""A bound that is no bound. Without one the compiler spills, to fit more of these small programs on a multiprocessor
+than there are."""
 
 TAA_UPDATE = {4: Tile(4, 256, 4, 1), 8: Tile(2, 256, 4, 1)}
 
@@ -169,7 +174,8 @@ TAA_UPDATE = {4: Tile(4, 256, 4, 1), 8: Tile(2, 256, 4, 1)}
 # ---- adaln ----------------------------------------------------------------------------------------------------------
 
 ADALN_TOKENS = 4  # of a program that modulates: it makes the row's factors once
-ADALN_GATE = 2048  # elements of a program that gates
+ADALN_HELD = 8192  # channels up to which the row's factors stay in registers
+ADALN_GATE, ADALN_GATE_TOKENS = 2048, 32  # of a program that gates: elements, and tokens at most
 
 
 def adaln_modulate_tile(channels: int) -> Tile:
@@ -179,4 +185,4 @@ def adaln_modulate_tile(channels: int) -> Tile:
 
 def adaln_gate_tile(channels: int) -> Tile:
     cols = min(1024, max(16, channels))
-    return Tile(ADALN_GATE // cols, cols, 4, 1)
+    return Tile(min(ADALN_GATE // cols, ADALN_GATE_TOKENS), cols, 4, 1)

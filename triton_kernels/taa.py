@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triskele.triton_kernels.configs import TAA_RESIDUAL, TAA_UPDATE
+from triskele.triton_kernels.configs import TAA_RESIDUAL, TAA_RESIDUAL_REGISTERS, TAA_UPDATE
 
 SLOTS = 4  # past rounds: memory <= 5
 SOLVED = tl.constexpr(128)  # rows that gamma_kernel solves at a time
@@ -294,7 +294,7 @@ def residual(x: Tensor, eps: Tensor, noise: Tensor | None, a: Tensor, b: Tensor,
     residual_kernel[(programs,)](
         x, eps, x if noise is None else noise, a, b, c, *pasts, out, out if full else torch.empty_like(out), shares,
         size, window, len(eps), b.shape[1], order, programs, *lengths, NOISE=noise is not None, Q=slots, FULL=full,
-        ROWS=tile.rows, COLS=tile.cols, **tile.options)
+        ROWS=tile.rows, COLS=tile.cols, maxnreg=TAA_RESIDUAL_REGISTERS, **tile.options)
     gather_kernel[(window, stats)](shares, squares, gram, rhs, programs, Q=slots, num_warps=4)
     return out, squares, gram, rhs
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triskele.triton_kernels.sla_common import blocks_of, load_rows, padded, row_major
+from triskele.triton_kernels.sla_common import blocks_of, load_columns, load_rows, padded, row_major
 from triskele.triton_kernels.vmoba_common import SIZES, strides_of, tokens_at
 
 EPS = 1e-6
@@ -46,12 +46,14 @@ def gates_kernel(q, means, gates, q_b, q_h, q_l, heads, length, chunks, UNIT: tl
     inside, live = c < chunks, rows < length
     q += (b * q_b + h * q_h) * UNIT
     acc = tl.zeros([BC, BM], tl.float64)
+    x = load_columns(q, rows, q_l * UNIT, live, 0, D, BD).to(tl.float64)
     for d in range(0, DP, BD):
         depth = d + tl.arange(0, BD)
         m = tl.load(means + (bh * chunks + c[:, None]) * DP + depth[None, :], mask=inside[:, None], other=0.0)
-        x = tl.load(q + rows.to(tl.int64)[:, None] * (q_l * UNIT) + depth[None, :],
-                    mask=live[:, None] & (depth < D)[None, :], other=0.0).to(tl.float64)
+        # x is float64 already where the loop begins: beside a load of halves Triton 3.6 lays out the operands of a
+        # float64 product as it cannot translate them
         acc = tl.dot(m, tl.trans(x), acc, out_dtype=tl.float64)  # [BC, BD] @ [BD, BM] -> [BC, BM]
+        x = load_columns(q, rows, q_l * UNIT, live, d + BD, D, BD).to(tl.float64)
     place = ((b * chunks + c[:, None]) * heads + h) * length + rows[None, :]
     tl.store(gates + place, acc.to(tl.float32), mask=inside[:, None] & live[None, :])
 
