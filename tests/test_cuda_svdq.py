@@ -25,14 +25,17 @@ from triskele.quantize.formats import (
 BF16, F16 = torch.bfloat16, torch.float16
 
 
-def make(k, n, rank=8, group=64, scales=BF16, format="int4", activation="int8", shift=0.0):
-    """A weight without a calibration: any codes but -8, scales within a factor of four."""
+def make(k, n, rank=8, group=64, scales=BF16, format="int4", activation="int8", shift=0.0, integer=False):
+    """A weight without a calibration: any codes but -8, scales within a factor of four, or multiples 1 … 18 of one."""
     groups = -(-k // group)
     nibbles = torch.randint(-7, 8, (n, groups * group, ), dtype=torch.int8)
     nibbles[:, k:] = 0
     nibbles = nibbles.to(torch.uint8) & 15
+    steps = torch.rand(n, groups) * 0.03 + 0.01
+    if integer:
+        steps = torch.randint(1, 19, (n, groups)) * torch.randint(4, 8, (n, 1)) * 2.0 ** torch.randint(-13, -9, (n, 1))
     return tk.quantize.SVDQWeight(
-        nibbles[:, 0::2] | nibbles[:, 1::2] << 4, (torch.rand(n, groups) * 0.03 + 0.01).to(scales),
+        nibbles[:, 0::2] | nibbles[:, 1::2] << 4, steps.to(scales),
         (torch.randn(rank, k) / k**0.5).to(BF16), torch.randn(n, rank).to(BF16), (torch.rand(k) * 2 + 0.3).to(BF16), k,
         format, activation, None if format == "int4" else torch.tensor([0.01]), shift)
 
@@ -71,6 +74,22 @@ def widened(w, chunk):
 def quantized_weight(w, chunk):
     codes, scales = widened(w, chunk)
     return (codes.double() * scales.double()).flatten(1)[:, :w.in_features]
+
+
+def multiplied_weight(w):
+    """With the scales that svdq_multipliers rounds to."""
+    multipliers, units, _ = torch.ops.triskele_emulated.svdq_multipliers(w.qweight, w.wscales, True)
+    steps = multipliers[:, :w.wscales.shape[1]].double() * units.double()[:, None]
+    return (unpack_nibbles(w.qweight, "int4").double() * steps.repeat_interleave(64, 1))[:, :w.in_features]
+
+
+def case(way, k, n, rank=8, **options):
+    """(weight, options of the launcher, the weight that the kernels see: None for its own) of a way to multiply."""
+    if way == "w4a4":
+        return make(k, n, rank, activation="int4", **options), {}, None
+    w = make(k, n, rank, integer=way == "before", **options)
+    seen = {"before": lambda w: None, "after": multiplied_weight, "w8a8": lambda w: quantized_weight(w, 256)}[way](w)
+    return w, {"widen": way == "w8a8"}, seen
 
 
 def truth(x, w, bias, residual=None):
@@ -159,28 +178,83 @@ def test_widened_weights(format, group, chunk):
         torch.testing.assert_close(quantized_weight(w, chunk), w.dequantize(), rtol=1e-6, atol=0)
 
 
+# ---- scales as integers ----
+
+def test_integer_scales_are_found():
+    """Multiples up to 18 come back exactly; the flag says where code * multiplier fits int8."""
+    ops = emulated.load("svdq_multipliers_sm80")
+    w = make(600, 330, integer=True)
+    w.wscales[5], w.wscales[6, 2], w.wscales[7] = 0.25, -w.wscales[6, 2], 0
+    w.wscales[70, 1] *= 1.5                                   # no longer multiples up to 18, whatever it was
+    w.wscales[71, :2] = torch.tensor([19.0, 18.0]) / 64
+    w.wscales[8, 4], w.wscales[9, 3] = float("nan"), float("inf")
+    w.wscales[140] = torch.arange(6, 16) / 128                # up to 15: a code of -8 is no matter
+    w.wscales[200] = torch.arange(9, 19) / 128
+    w.qweight[140, 7] = 0x83
+    w.qweight[200, 301] = 0x18                                # the last nibbles there are
+    for scales in (w.wscales, w.wscales.float()):
+        multipliers, units, fits = ops.svdq_multipliers(w.qweight, scales, True)
+        assert multipliers.shape == (330, 12) and not multipliers[:, 10:].any()
+        assert units[8:10].isnan().all() and not multipliers[7:10].any() and units[7] == 0
+        exact = torch.ones(330, dtype=torch.bool)
+        exact[[8, 9, 70, 71]] = False
+        assert torch.equal((multipliers[:, :10] * units[:, None])[exact], scales.float()[exact])
+        assert multipliers[exact].abs().max() == 18 and multipliers[71].max() > 1000
+        assert fits.tolist() == [1, 0, 1, 0, 1, 1]
+    assert not ops.svdq_multipliers(w.qweight, scales, False)[2].any()
+
+
+@pytest.mark.parametrize("groups", [1, 3, 48, 1024])
+def test_other_scales_are_rounded_within_the_bound(groups):
+    """|unit m - s| <= unit / 2, and sum |m| 65024 < 2^31: no order of a token's products passes int32."""
+    ops = emulated.load("svdq_multipliers_sm80")
+    scales = torch.rand(40, groups) * torch.randn(40, groups).exp()
+    scales[0] = 1.0 + torch.rand(groups) * 1e-3               # all round the same way
+    scales[1, 0], scales[2], scales[3] = 1e6, scales[2] * 1e30, scales[3] * 1e-28
+    multipliers, units, _ = ops.svdq_multipliers(torch.zeros(40, groups * 32, dtype=torch.uint8), scales, True)
+    multipliers, units = multipliers[:, :groups].double(), units.double()[:, None]
+    assert multipliers.abs().sum(1).max() * 64 * 8 * 127 < 2**31 and multipliers.max() <= 32767
+    assert ((multipliers * units - scales.double()).abs() <= units * 0.5001).all()
+    many = multipliers.sum(1) > 18 * groups                   # not the multiples of one number
+    assert groups == 1 or many.all()
+    assert (multipliers.sum(1)[many] > 32000 - groups).all()
+
+
 # ---- the layer ----
 
-SHAPES = [(1, 8, 1, 0), (5, 200, 48, 16), (130, 264, 197, 7), (37, 520, 65, 40), (129, 64, 200, 128)]
+SHAPES = [(1, 8, 1, 0), (5, 200, 48, 16), (130, 264, 197, 7), (37, 520, 65, 40), (129, 64, 200, 128),
+          (193, 264, 130, 16), (63, 3072, 24, 32)]
 
 
-KERNELS = ("svdq_quantize_sm80", "svdq_widen_sm80", "svdq_w8a8_sm90", "svdq_w4a8_sm90", "svdq_w4a4_sm80")
+KERNELS = ("svdq_quantize_sm80", "svdq_multipliers_sm80", "svdq_widen_sm80", "svdq_w8a8_sm90", "svdq_w4a8_sm90",
+           "svdq_w4a4_sm80")
+WAYS = ("before", "after", "w8a8", "w4a4")
+"""W4A8 with group scales multiplied before the product or after it, W4A8 on widened weights, W4A4."""
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
 @pytest.mark.parametrize("m, k, n, rank", SHAPES)
-@pytest.mark.parametrize("way", ["w4a8", "w8a8", "w4a4"])
+@pytest.mark.parametrize("way", WAYS)
 def test_layer_against_float64(way, m, k, n, rank, dtype):
     emulated.load(*KERNELS)
-    w = make(k, n, rank, activation="int4" if way == "w4a4" else "int8", scales=BF16 if m % 2 else torch.float32)
+    w, options, seen = case(way, k, n, rank, scales=BF16 if m % 2 else torch.float32)
     x, bias = with_outliers(torch.randn(m, k), 100, 0.05).to(dtype), torch.randn(n).to(dtype)
-    residual = quantized_weight(w, 256) if way == "w8a8" else None
-    y = run(x, w, bias, **({} if way == "w4a4" else {"widen": way == "w8a8"}))
+    y = run(x, w, bias, **options)
     assert y.dtype == dtype and y.shape == (m, n)
-    if way == "w4a8" and m > 128:   # with one multiprocessor, tiles of 192 tokens instead of 64
+    if way == "before":
+        assert torch.equal(run(x, w, bias, in_operand=False), y)
+    if way in ("before", "after") and m > 128:   # with one multiprocessor, tiles of 192 tokens instead of 64
         with emulated.processors(1):
-            assert torch.equal(run(x, w, bias), y)
-    assert_within_budget(y, truth(x, w, bias, residual), same_precision(x, w, bias, residual))
+            assert torch.equal(run(x, w, bias), y) and torch.equal(run(x, w, bias, clusters=False), y)
+    assert_within_budget(y, truth(x, w, bias, seen), same_precision(x, w, bias, seen))
+
+
+def test_the_quantizers_integer_scales_are_multiplied_before_the_product():
+    emulated.load(*KERNELS)
+    w = tk.quantize.svd_quantize(torch.randn(130, 584) / 24, rank=8, scales="integer", iterations=1, dtype=BF16)
+    assert torch.ops.triskele_emulated.svdq_multipliers(w.qweight, w.wscales, True)[2].all()
+    x = with_outliers(torch.randn(70, 584), 30, 0.02).to(BF16)
+    assert_within_budget(run(x, w), truth(x, w, None), same_precision(x, w, None))
 
 
 def test_w4a4_unsigned():
@@ -200,12 +274,11 @@ def test_w4a8_formats(format, group, exact):
     assert_within_budget(run(x, w), truth(x, w, None, residual), same_precision(x, w, None, residual))
 
 
-@pytest.mark.parametrize("way", ["w4a8", "w8a8", "w4a4"])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_token_alone_and_in_any_schedule(way):
     """Several tiles a block, warps in any order, more or fewer blocks, tiles of 64 or 192 tokens: the same bits."""
     emulated.load(*KERNELS)
-    w, bias = make(264, 200, 24, activation="int4" if way == "w4a4" else "int8"), torch.randn(200)
-    options = {} if way == "w4a4" else {"widen": way == "w8a8"}
+    (w, options, _), bias = case(way, 264, 200, 24), torch.randn(200)
     x = with_outliers(torch.randn(380, 264), 100, 0.02).to(BF16)
     y = run(x, w, bias, **options)
     for rows in (slice(0, 1), slice(77, 80), slice(365, 380)):
@@ -214,24 +287,24 @@ def test_a_token_alone_and_in_any_schedule(way):
         assert torch.equal(run(x, w, bias, **options), y)
     with emulated.order("random", 5), emulated.processors(7):
         assert torch.equal(run(x[:60], w, bias, **options), y[:60])
+    with emulated.order("random", 6), emulated.processors(2):   # W4A8: tiles of 192 tokens, two blocks that share them
+        assert torch.equal(run(x[:210], w, bias, **options), y[:210])
 
 
-@pytest.mark.parametrize("widen, m, n", [(False, 1600, 140), (True, 1090, 200)])
-def test_more_tiles_than_a_band(widen, m, n):
+@pytest.mark.parametrize("way, m, n", [("before", 390, 1100), ("after", 1600, 140), ("w8a8", 1090, 200)])
+def test_more_tiles_than_a_band(way, m, n):
     emulated.load(*KERNELS)
-    w, x = make(64, n, 4), torch.randn(m, 64).to(F16)
-    residual = quantized_weight(w, 256) if widen else None
-    assert_within_budget(run(x, w, widen=widen), truth(x, w, None, residual), same_precision(x, w, None, residual))
+    (w, options, seen), x = case(way, 64, n, 4), torch.randn(m, 64).to(F16)
+    with emulated.processors(2):   # 1100 channels: the last pair of tiles has one
+        y = run(x, w, **options)
+    assert_within_budget(y, truth(x, w, None, seen), same_precision(x, w, None, seen))
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
-@pytest.mark.parametrize("way", ["w4a8", "w8a8", "w4a4"])
+@pytest.mark.parametrize("way", WAYS)
 def test_outliers_dead_and_broken_tokens(way, dtype):
     emulated.load(*KERNELS)
-    w, bias = make(328, 70, activation="int4" if way == "w4a4" else "int8"), torch.randn(70).to(dtype)
-    options, residual = ({}, None) if way == "w4a4" else ({"widen": way == "w8a8"}, None)
-    if way == "w8a8":
-        residual = quantized_weight(w, 256)
+    (w, options, residual), bias = case(way, 328, 70), torch.randn(70).to(dtype)
     x = torch.full((6, 328), 100.0)
     x[:, ::2] *= -1
     x[1, :] = 100.0
@@ -256,6 +329,21 @@ def test_extreme_codes():
             x = torch.full((3, 320), top).to(BF16)
             for options in ({}, {"widen": True}) if activation == "int8" else ({},):
                 assert torch.equal(run(x, w, **options), want), (byte, activation, options)
+
+
+def test_sums_reach_the_bound_and_no_further():
+    """Every product of one sign and the largest there is, with multipliers that are rounded to their largest sum."""
+    emulated.load(*KERNELS)
+    scales = torch.ones(9, 5)
+    scales[:, 3] = 0.37   # no multiple: fixed point
+    for byte, value in ((0x88, -8), (0x77, 7)):
+        w = tk.quantize.SVDQWeight(torch.full((9, 160), byte, dtype=torch.uint8), scales, torch.zeros(1, 320),
+                                   torch.zeros(9, 1), torch.ones(320), 320, "int4", "int8")
+        multipliers, _, fits = torch.ops.triskele_emulated.svdq_multipliers(w.qweight, scales, True)
+        assert not fits.any() and multipliers.int().sum(1).min() > 32760
+        x = torch.full((2, 320), 127.0).to(BF16)
+        torch.testing.assert_close(run(x, w).double(), torch.full((2, 9), value * 127 * 64 * 4.37).double(), rtol=5e-3,
+                                   atol=0)
 
 
 def test_layouts_and_empty_batches():
@@ -305,6 +393,23 @@ def test_widening_keeps_the_error_within_one_percent(kind, format):
     chunk = 256 if format == "int4" else 64
     widened_error = relative_norm(truth(x, w, None, quantized_weight(w, chunk)), exact)
     assert 0.02 < fake < 0.3 and widened_error <= 1.01 * fake, (fake, widened_error)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "student", "columns"])
+@pytest.mark.parametrize("k", [1024, 12288])
+def test_rounded_scales_keep_the_error_within_one_percent(kind, k):
+    """The contract again, with scales that svdq_multipliers rounds."""
+    emulated.load("svdq_multipliers_sm80")
+    groups = k // 64
+    weight, x = drawn(kind, 24, k) / 32, with_outliers(torch.randn(32, k), 20, 0.01)
+    steps = (weight.unflatten(1, (groups, 64)).abs().amax(-1) / 7).to(BF16)
+    codes = (weight.unflatten(1, (groups, 64)) / steps.float()[..., None]).round().clamp(-7, 7).flatten(1)
+    w = tk.quantize.SVDQWeight(pack_nibbles(codes.to(torch.int8)), steps, torch.zeros(1, k), torch.zeros(24, 1),
+                               torch.ones(k), k, "int4", "int8")
+    exact = x.double() @ weight.double().T
+    fake = relative_norm(truth(x, w, None), exact)
+    rounded = relative_norm(truth(x, w, None, multiplied_weight(w)), exact)
+    assert 0.02 < fake < 0.6 and rounded <= 1.003 * fake, (fake, rounded)
 
 
 # ---- refusals ----
@@ -361,9 +466,17 @@ def test_native_ops_check_what_they_are_given():
         ops.svdq_widen(torch.zeros(4, 32, dtype=torch.uint8), torch.ones(4, 1), False, 128)
     tokens, up = ops.svdq_quantize_int8(x, torch.ones(64), down, 0.0, 256), torch.zeros(4, 8).to(BF16)
     with pytest.raises(RuntimeError, match="a scale for every 64 of qweight's columns"):
-        ops.svdq_w4a8_gemm(*tokens, torch.zeros(4, 64, dtype=torch.uint8), torch.ones(4, 1), up, None)
+        ops.svdq_multipliers(torch.zeros(4, 64, dtype=torch.uint8), torch.ones(4, 1), True)
+    with pytest.raises(RuntimeError, match="at most 65536 columns"):
+        ops.svdq_multipliers(torch.zeros(1, 32 * 1025, dtype=torch.uint8), torch.ones(1, 1025), True)
+    weights = torch.zeros(4, 32, dtype=torch.uint8)
+    scales = ops.svdq_multipliers(weights, torch.ones(4, 1), True)
+    with pytest.raises(RuntimeError, match="qweight with the columns of codes"):
+        ops.svdq_w4a8_gemm(*tokens, torch.zeros(4, 160, dtype=torch.uint8), *scales, up, None, True)
+    with pytest.raises(RuntimeError, match="multipliers columns: expected 4, got 8"):
+        ops.svdq_w4a8_gemm(*tokens, weights, torch.zeros(4, 8, dtype=torch.int16), *scales[1:], up, None, True)
     with pytest.raises(RuntimeError, match="bias size: expected 4, got 5"):
-        ops.svdq_w4a8_gemm(*tokens, torch.zeros(4, 32, dtype=torch.uint8), torch.ones(4, 1), up, torch.ones(5))
+        ops.svdq_w4a8_gemm(*tokens, weights, *scales, up, torch.ones(5), True)
     weights = ops.svdq_widen(torch.zeros(4, 32, dtype=torch.uint8), torch.ones(4, 1), False, 64)
     with pytest.raises(RuntimeError, match="down columns: expected 32, got 16"):
         ops.svdq_w8a8_gemm(*tokens, *weights, torch.zeros(4, 24).to(BF16), None)

@@ -1,9 +1,11 @@
 // What the kernels of the 4-bit linear share: operands of any floating dtype, the rule of a scale, checks of operands.
 //
-//   svdq_quantize_sm80.cu   codes and scale of each token (or group), and the token's low-rank projection
-//   svdq_widen_sm80.cu      4-bit weights to 8 bits, one scale a chunk of columns
-//   svdq_w4a8_sm90.cu       the product of the two on wgmma
-//   svdq_w4a4_sm80.cu       4-bit codes on 4-bit weights with mma.sync
+//   svdq_quantize_sm80.cu      codes and scale of each token (or group), and the token's low-rank projection
+//   svdq_multipliers_sm80.cu   the scales of 4-bit weights as integers
+//   svdq_w4a8_sm90.cu          8-bit codes on 4-bit weights with wgmma
+//   svdq_widen_sm80.cu         4-bit weights to 8 bits, one scale a chunk of columns
+//   svdq_w8a8_sm90.cu          8-bit codes on those with wgmma
+//   svdq_w4a4_sm80.cu          4-bit codes on 4-bit weights with mma.sync
 //
 // The projection down = x lora_down^T leaves svdq_quantize divided by a power of two, one a token (`units`), so that
 // it fits the 16-bit dtype it is multiplied in whatever the token's size.

@@ -20,7 +20,6 @@ namespace triskele::cuda::svdq {
 namespace {
 
 constexpr int kTokens = 128;                         // of a tile
-constexpr int kWarps = 8, kThreads = 128 + 32 * kWarps;   // a warpgroup that fetches, two that multiply
 constexpr int kDepth = 128;                          // columns a stage: bytes of a swizzled row
 constexpr int kStages = 4;
 constexpr int kTokenBytes = kTokens * kDepth;
@@ -82,43 +81,24 @@ __global__ void __launch_bounds__(kThreads, 1) w8a8_kernel(const GemmArgs<E> p, 
   using S = Shape<kChunk>;
   constexpr int kSums = S::kSums, kStageBytes = S::kStageBytes, kScalesAt = kTokenBytes + S::kChannelBytes;
   TRISKELE_DYNAMIC_SHARED(unsigned char, shared);
-  uint64_t* full = reinterpret_cast<uint64_t*>(shared + kStages * kStageBytes + kWarps * S::kOutBytes);
-  uint64_t* empty = full + kStages;
   const int group = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < kStages; ++s) {
-      barrier_init(full + s, 1);
-      barrier_init(empty + s, kWarps);
-    }
-    fence_barrier_init();
-  }
-  __syncthreads();
-  int stage = 0, phase = 0;
-  const auto advance = [&] {
-    if (++stage == kStages) stage = 0, phase ^= 1;
-  };
+  const Walk<1> walk(p.tiles_m, p.tiles_n);
+  Ring<kStages, kStageBytes> ring(shared, shared + kStages * kStageBytes + kWarps * S::kOutBytes);
 
   if (group == 0) {   // ---- fetch ----
-    registers_shrink<24>();
-    if (threadIdx.x != 0) return;
-    for (int index = blockIdx.x; index < p.tiles_m * p.tiles_n; index += gridDim.x) {
-      const Tile tile = tile_at(index, p.tiles_m, p.tiles_n);
-      for (int step = 0; step < p.steps + p.slabs; ++step, advance()) {
-        unsigned char* to = shared + stage * kStageBytes;
-        barrier_wait(empty + stage, phase ^ 1);
-        if (step < p.steps) {
-          barrier_arrive_expect(full + stage, kScalesAt + S::kScaleBytes);
-          tma_load_2d(to, &maps.codes, full + stage, step * kDepth, tile.m * kTokens);
-          tma_load_2d(to + kTokenBytes, &maps.weights, full + stage, step * kDepth, tile.n * S::kChannels);
-          tma_load_2d(to + kScalesAt, &maps.scales, full + stage, tile.n * S::kChannels,
-                      kChunk == 64 ? step * 2 : step / 2);
-        } else {
-          barrier_arrive_expect(full + stage, kScalesAt);
-          tma_load_2d(to, &maps.down, full + stage, (step - p.steps) * 64, tile.m * kTokens);
-          tma_load_2d(to + kTokenBytes, &maps.up, full + stage, (step - p.steps) * 64, tile.n * S::kChannels);
-        }
+    fetch(ring, walk, p.steps + p.slabs, [&](Tile tile, int step) {
+      unsigned char* to = ring.at();
+      if (step < p.steps) {
+        uint64_t* full = ring.open(kScalesAt + S::kScaleBytes);
+        tma_load_2d(to, &maps.codes, full, step * kDepth, tile.m * kTokens);
+        tma_load_2d(to + kTokenBytes, &maps.weights, full, step * kDepth, tile.n * S::kChannels);
+        tma_load_2d(to + kScalesAt, &maps.scales, full, tile.n * S::kChannels, kChunk == 64 ? step * 2 : step / 2);
+      } else {
+        uint64_t* full = ring.open(kScalesAt);
+        tma_load_2d(to, &maps.down, full, (step - p.steps) * 64, tile.m * kTokens);
+        tma_load_2d(to + kTokenBytes, &maps.up, full, (step - p.steps) * 64, tile.n * S::kChannels);
       }
-    }
+    });
     return;
   }
 
@@ -127,12 +107,8 @@ __global__ void __launch_bounds__(kThreads, 1) w8a8_kernel(const GemmArgs<E> p, 
   const int r = lane / 4, q = lane % 4, row = (warp - 4) * 16;   // this thread's rows of the tile: row + r, row + r + 8
   const int a_at = (group - 1) * 64 * kDepth;
   unsigned char* out = shared + kStages * kStageBytes + (warp - 4) * S::kOutBytes;
-  const auto release = [&](int of) {
-    __syncwarp();
-    if (lane == 0) barrier_arrive(empty + of);
-  };
-  for (int index = blockIdx.x; index < p.tiles_m * p.tiles_n; index += gridDim.x) {
-    const Tile tile = tile_at(index, p.tiles_m, p.tiles_n);
+  for (int index = walk.first(); index < walk.end(); index += walk.stride()) {
+    const Tile tile = walk.at(index);
     const int64_t token = int64_t(tile.m) * kTokens + row + r, n0 = int64_t(tile.n) * S::kChannels;
     int32_t sum[kSums];
     float y[kSums];
@@ -141,26 +117,26 @@ __global__ void __launch_bounds__(kThreads, 1) w8a8_kernel(const GemmArgs<E> p, 
 
     if constexpr (kChunk == 256) {
       for (int step = 0; step < p.steps; step += 2) {   // an even number of stages: K is padded to 256
-        const int before = stage;
-        const unsigned char* at = shared + stage * kStageBytes;
-        barrier_wait(full + stage, phase);
+        const int before = ring.stage;
+        const unsigned char* at = ring.at();
+        ring.wait();
         multiply<4>(sum, at + a_at, at + kTokenBytes, 0, false);
-        advance();
-        at = shared + stage * kStageBytes;
-        barrier_wait(full + stage, phase);
+        ring.advance();
+        at = ring.at();
+        ring.wait();
         multiply<4>(sum, at + a_at, at + kTokenBytes, 0, true);
         wgmma_wait<1>();
-        release(before);
+        ring.release(before);
         wgmma_wait<0>();
         wgmma_pin(sum);
         promote(y, sum, reinterpret_cast<const float*>(at + kScalesAt), q);
-        release(stage);
-        advance();
+        ring.release(ring.stage);
+        ring.advance();
       }
     } else {
-      for (int step = 0; step < p.steps; ++step, advance()) {
-        const unsigned char* at = shared + stage * kStageBytes;
-        barrier_wait(full + stage, phase);
+      for (int step = 0; step < p.steps; ++step, ring.advance()) {
+        const unsigned char* at = ring.at();
+        ring.wait();
 #pragma unroll
         for (int chunk = 0; chunk < 2; ++chunk) {
           multiply<2>(sum, at + a_at, at + kTokenBytes, chunk * 2, false);
@@ -168,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, 1) w8a8_kernel(const GemmArgs<E> p, 
           wgmma_pin(sum);
           promote(y, sum, reinterpret_cast<const float*>(at + kScalesAt) + chunk * S::kChannels, q);
         }
-        release(stage);
+        ring.release(ring.stage);
       }
     }
 
@@ -179,9 +155,9 @@ __global__ void __launch_bounds__(kThreads, 1) w8a8_kernel(const GemmArgs<E> p, 
                             lower ? p.token_scales[token + 8] / unit[1] : 0.0f};
 #pragma unroll
     for (int i = 0; i < kSums; ++i) y[i] *= scale[i / 2 % 2];
-    for (int slab = 0; slab < p.slabs; ++slab, advance()) {   // y += down [64, 64] @ lora_up^T [64, 192]
-      const unsigned char* at = shared + stage * kStageBytes;
-      barrier_wait(full + stage, phase);
+    for (int slab = 0; slab < p.slabs; ++slab, ring.advance()) {   // y += down [64, 64] @ lora_up^T [64, 192]
+      const unsigned char* at = ring.at();
+      ring.wait();
       for (int k = 0; k < 4 && slab * 64 + k * 16 < p.ranks; ++k) {
         wgmma_pin(y);
         wgmma_fence();
@@ -191,7 +167,7 @@ __global__ void __launch_bounds__(kThreads, 1) w8a8_kernel(const GemmArgs<E> p, 
         wgmma_wait<0>();
         wgmma_pin(y);
       }
-      release(stage);
+      ring.release(ring.stage);
     }
 
     // Through shared memory, so that rows leave in 16-byte pieces.

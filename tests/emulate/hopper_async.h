@@ -116,22 +116,16 @@ class Barriers {
 };
 inline Barriers& barriers() { return emulate::of_block<Barriers>(); }
 
-inline void tma_load(void* to, const CUtensorMap* encoded, uint64_t* barrier, std::initializer_list<int> at) {
-  const auto map = *reinterpret_cast<const emulate::TensorMap*>(encoded);
-  if (map.mark != emulate::TensorMap::kMark) emulate::fail("TMA: not a tensor map");
-  if (map.rank != at.size()) emulate::fail("TMA: %zu coordinates for a tensor of rank %d", at.size(), map.rank);
-  aligned_to(to, 128, "TMA to");
+// Starts a load into the block whose state is in place, at these shared addresses.
+inline void start_load(uint32_t address, uint32_t signal, const emulate::TensorMap& map,
+                       const std::array<int64_t, 5>& corner, size_t total) {
+  unsigned char* const target = emulate::shared_pointer(address, total);
+  uint64_t* const barrier = reinterpret_cast<uint64_t*>(emulate::shared_pointer(signal, 8));
   barriers().check_known(barrier);
-  size_t total = map.element_bytes;
-  for (int d = 0; d < map.rank; ++d) total *= map.box[d];
-  emulate::check_shared(to, total, "TMA");
-  memset(to, emulate::kPoison, total);
-  async_view().take(to, total);
-  std::array<int64_t, 5> corner{};
-  std::copy(at.begin(), at.end(), corner.begin());
-  emulate::later([=, target = static_cast<unsigned char*>(to)] {
+  memset(target, emulate::kPoison, total);
+  async_view().take(target, total);
+  emulate::later([=] {
     const size_t run = size_t(map.box[0]) * map.element_bytes;
-    const uint32_t address = emulate::shared_address(target);
     std::vector<unsigned char> row(run);
     for (size_t offset = 0, index = 0; offset < total; offset += run, ++index) {
       const auto* from = reinterpret_cast<const unsigned char*>(map.base);
@@ -157,6 +151,34 @@ inline void tma_load(void* to, const CUtensorMap* encoded, uint64_t* barrier, st
     }
     async_view().take(target, total);
     barriers().bytes_arrive(barrier, static_cast<int64_t>(total));
+  });
+}
+
+// blocks: those of the cluster that get the tile and the signal, at the same shared addresses; 0 for this block alone.
+inline void tma_load(void* to, const CUtensorMap* encoded, uint64_t* barrier, std::initializer_list<int> at,
+                     uint32_t blocks = 0) {
+  const auto map = *reinterpret_cast<const emulate::TensorMap*>(encoded);
+  if (map.mark != emulate::TensorMap::kMark) emulate::fail("TMA: not a tensor map");
+  if (map.rank != at.size()) emulate::fail("TMA: %zu coordinates for a tensor of rank %d", at.size(), map.rank);
+  aligned_to(to, 128, "TMA to");
+  size_t total = map.element_bytes;
+  for (int d = 0; d < map.rank; ++d) total *= map.box[d];
+  emulate::check_shared(to, total, "TMA");
+  emulate::check_shared(barrier, 8, "TMA's mbarrier");
+  std::array<int64_t, 5> corner{};
+  std::copy(at.begin(), at.end(), corner.begin());
+  const uint32_t address = emulate::shared_address(to), signal = emulate::shared_address(barrier);
+  if (blocks == 0) return start_load(address, signal, map, corner, total);
+  for (int rank = 0; rank < 32; ++rank)
+    if (blocks >> rank & 1)
+      emulate::in_block(rank, "TMA", [&] { start_load(address, signal, map, corner, total); });
+}
+
+// An arrival at the barrier of another block of the cluster that lies where `barrier` lies in this one.
+inline void arrive_in_cluster(uint64_t* barrier, int rank) {
+  const uint32_t address = emulate::shared_address(barrier);
+  emulate::in_block(rank, "mbarrier.arrive", [&] {
+    barriers().arrive(reinterpret_cast<uint64_t*>(emulate::shared_pointer(address, 8)), 0);
   });
 }
 

@@ -16,11 +16,13 @@ namespace {
 
 constexpr size_t kPage = 4096, kStack = 256 * 1024, kSharedRegion = 256 * 1024;
 constexpr size_t kSharedLimit = 227 * 1024;
-constexpr int kMaxThreads = 1024;
+constexpr int kMaxThreads = 1024;                     // of a block, and of all blocks of a cluster
+constexpr int kMaxCluster = 4;
 constexpr uint32_t kDynamicBase = 0x00400, kStaticBase = 0x3a000;   // 32-bit shared addresses
 
 char* stacks = nullptr;
-char* shared_region = nullptr;          // [guard][region][guard]
+char* shared_regions = nullptr;         // [guard][region] for each block of a cluster, [guard]
+char* shared_region = nullptr;          // [guard][region][guard] of the running block
 unsigned char* shared_base = nullptr;
 size_t shared_bytes = 0;
 struct Range { unsigned char* at = nullptr; size_t bytes = 0; } statics;
@@ -38,10 +40,15 @@ void prepare_memory() {
   if (stacks == nullptr) {
     stacks = map_pages(kStack * kMaxThreads);
     for (int i = 0; i < kMaxThreads; ++i) mprotect(stacks + i * kStack, kPage, PROT_NONE);
-    shared_region = map_pages(kSharedRegion + 2 * kPage);
-    mprotect(shared_region, kPage, PROT_NONE);
-    mprotect(shared_region + kPage + kSharedRegion, kPage, PROT_NONE);
+    shared_regions = map_pages(kMaxCluster * (kSharedRegion + kPage) + kPage);
+    for (int i = 0; i <= kMaxCluster; ++i) mprotect(shared_regions + i * (kSharedRegion + kPage), kPage, PROT_NONE);
   }
+}
+
+// Makes the shared memory of this block of a cluster the running one's.
+void take_shared(int rank) {
+  shared_region = shared_regions + rank * (kSharedRegion + kPage);
+  shared_base = reinterpret_cast<unsigned char*>(shared_region) + kPage + (kSharedRegion - shared_bytes) / 1024 * 1024;
 }
 
 // Static shared variables are thread_local ones of the kernel's library: one range, whose address the loader knows.

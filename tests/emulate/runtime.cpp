@@ -22,7 +22,7 @@
 namespace emulate {
 
 Position here;
-uint64_t block_count = 0;
+uint64_t block_id = 0;
 
 namespace {
 
@@ -49,6 +49,9 @@ struct Meeting {
 };
 
 struct Block {
+  uint64_t id = 0;
+  int rank = 0;                               // in its cluster
+  uint3 index{};
   int threads = 0, alive = 0;
   std::vector<Thread> thread;
   std::deque<int> ready;
@@ -60,8 +63,16 @@ struct Block {
   std::deque<std::function<void()>> work;
   std::vector<std::function<void()>> checks;
   std::vector<std::function<std::string()>> notes;
-  std::vector<std::shared_ptr<void>> states;
+  std::map<const void*, std::shared_ptr<void>> states;
+  std::vector<unsigned char> statics;         // static shared variables while another block of the cluster runs
   std::string error;
+};
+
+struct Cluster {
+  std::vector<Block> blocks;
+  int arrived = 0;                            // at the cluster's barrier
+  int favoured = 0;                           // rank, in random order
+  std::vector<std::pair<Block*, int>> waiting;
 };
 
 enum class Order { forward, backward, random };
@@ -72,8 +83,11 @@ struct Settings {
 };
 Settings settings;
 
-Block* block = nullptr;
+Cluster* cluster = nullptr;
+Block* running = nullptr;   // the block of the thread that runs
+Block* block = nullptr;     // the block whose memory and state are in place: that one, but for in_block
 Context scheduler;
+uint64_t blocks_begun = 0;
 const std::function<void()>* kernel_body = nullptr;
 std::mt19937_64 dice;
 
@@ -99,11 +113,28 @@ void require_kernel() {
 
 // ---- scheduling ---------------------------------------------------------------------------------------------------
 
-void make_ready(int number) {
-  Thread& thread = block->thread[number];
+void make_ready(Block& of, int number) {
+  Thread& thread = of.thread[number];
   if (thread.ready || thread.done) return;
   thread.ready = true;
-  block->ready.push_back(number);
+  of.ready.push_back(number);
+}
+void make_ready(int number) { make_ready(*block, number); }
+
+// Puts a block's memory and state in place.
+void take(Block& next) {
+  if (block == &next) return;
+  if (block != nullptr) block->statics.assign(statics.at, statics.at + statics.bytes);
+  std::copy(next.statics.begin(), next.statics.end(), statics.at);
+  block = &next;
+  block_id = next.id;
+  take_shared(next.rank);
+}
+
+void run_next(Block& next) {
+  take(next);
+  running = &next;
+  here.block = next.index;
 }
 
 int next_ready() {
@@ -119,6 +150,7 @@ int next_ready() {
 
 void settle(std::list<Meeting>& meetings, int warp);
 void settle_barriers();
+void settle_cluster();
 
 void thread_entry() {
   const int number = here.number;
@@ -135,6 +167,7 @@ void thread_entry() {
     try {
       settle(block->meetings[number / 32], number / 32);
       settle_barriers();
+      settle_cluster();
     } catch (const std::exception& error) {
       block->error = error.what();
     }
@@ -174,30 +207,78 @@ std::string who_waits_where() {
   return text;
 }
 
-void run_block() {
-  while (block->error.empty() && block->alive > 0) {
-    const bool early = settings.order == Order::random && !block->work.empty() && dice() % 16 == 0;
-    if (!block->ready.empty() && !early) {
+// One of the blocks for which `can` holds, by the order; null where there is none.
+template <class Can>
+Block* pick(const Can& can) {
+  std::vector<Block*> found;
+  for (Block& each : cluster->blocks)
+    if (can(each)) found.push_back(&each);
+  if (found.empty()) return nullptr;
+  if (settings.order == Order::backward) return found.back();
+  if (settings.order == Order::random && found.size() > 1) {   // one block runs ahead for a while, then another
+    if (dice() % 64 == 0) cluster->favoured = static_cast<int>(dice() % cluster->blocks.size());
+    for (Block* each : found)
+      if (each->rank == cluster->favoured) return each;
+  }
+  return found.front();
+}
+
+void work_once(Block& of) {
+  run_next(of);
+  auto work = std::move(of.work.front());
+  of.work.pop_front();
+  work();
+}
+
+const std::string& first_error() {
+  static const std::string none;
+  for (const Block& each : cluster->blocks)
+    if (!each.error.empty()) return each.error;
+  return none;
+}
+
+std::string deadlock() {
+  std::string text;
+  for (Block& each : cluster->blocks) {
+    run_next(each);
+    text += (text.empty() ? "deadlock in " : "\n  ") + position().substr(0, position().find(", thread")) + ":" +
+            who_waits_where();
+  }
+  return text;
+}
+
+void run_cluster() {
+  const auto can_work = [](const Block& each) { return !each.work.empty(); };
+  const auto can_run = [](const Block& each) { return !each.ready.empty(); };
+  const auto lives = [](const Block& each) { return each.alive > 0; };
+  auto& blocks = cluster->blocks;
+  while (first_error().empty() && std::any_of(blocks.begin(), blocks.end(), lives)) {
+    Block* const works = pick(can_work);
+    const bool early = settings.order == Order::random && works != nullptr && dice() % 16 == 0;
+    Block* const runs = early ? nullptr : pick(can_run);
+    if (runs != nullptr) {
+      run_next(*runs);
       resume(next_ready());
-    } else if (!block->work.empty()) {
-      auto work = std::move(block->work.front());
-      block->work.pop_front();
-      work();
+    } else if (works != nullptr) {
+      work_once(*works);
     } else {
-      block->error = "deadlock in " + position().substr(0, position().find(", thread")) + ":" + who_waits_where();
+      block->error = deadlock();
     }
   }
-  while (block->error.empty() && !block->work.empty()) {
-    auto work = std::move(block->work.front());
-    block->work.pop_front();
-    work();
+  while (first_error().empty()) {
+    Block* const works = pick(can_work);
+    if (works == nullptr) break;
+    work_once(*works);
   }
-  if (!block->error.empty()) return;
-  for (const auto& check : block->checks) check();
-  for (int id = 0; id < 16; ++id)
-    if (block->barrier[id].arrived > 0)
-      fail("barrier %d: all threads have exited, but %d of %d have arrived", id, block->barrier[id].arrived,
-           block->barrier[id].count);
+  if (!first_error().empty()) return;
+  for (Block& each : blocks) {
+    run_next(each);
+    for (const auto& check : each.checks) check();
+    for (int id = 0; id < 16; ++id)
+      if (each.barrier[id].arrived > 0)
+        fail("barrier %d: all threads have exited, but %d of %d have arrived", id, each.barrier[id].arrived,
+             each.barrier[id].count);
+  }
 }
 
 // ---- barriers -----------------------------------------------------------------------------------------------------
@@ -233,6 +314,15 @@ void settle_barriers() {
   }
 }
 
+void settle_cluster() {
+  int alive = 0;
+  for (const Block& each : cluster->blocks) alive += each.alive;
+  if (cluster->arrived == 0 || cluster->arrived < alive) return;
+  cluster->arrived = 0;
+  for (const auto& [of, number] : cluster->waiting) make_ready(*of, number);
+  cluster->waiting.clear();
+}
+
 // Ends every meeting of the warp at which all have arrived.
 void settle(std::list<Meeting>& meetings, int warp) {
   for (auto at = meetings.begin(); at != meetings.end();) {
@@ -246,42 +336,57 @@ void settle(std::list<Meeting>& meetings, int warp) {
   }
 }
 
-void run_grid(const std::function<void()>& body, dim3 grid, dim3 size) {
+// Bytes of the running block's region around its dynamic shared memory, which has to stay as it was.
+unsigned char* region_start() { return shared_base - 1024; }   // within the region: the largest size leaves that much
+unsigned char* region_end() { return reinterpret_cast<unsigned char*>(shared_region) + kPage + kSharedRegion; }
+
+void begin_block(Block& fresh, int rank, uint64_t place, dim3 grid, dim3 size) {
   const int threads = static_cast<int>(size.x * size.y * size.z);
+  fresh.id = ++blocks_begun;
+  fresh.rank = rank;
+  fresh.index = {static_cast<unsigned>(place % grid.x), static_cast<unsigned>(place / grid.x % grid.y),
+                 static_cast<unsigned>(place / grid.x / grid.y)};
+  fresh.statics.assign(statics.bytes, kPoison);
+  run_next(fresh);
+  memset(region_start(), kPoison, region_end() - region_start());
+  fresh.threads = fresh.alive = threads;
+  fresh.thread.resize(threads);
+  fresh.meetings.resize((threads + 31) / 32);
+  fresh.exited.assign((threads + 31) / 32, 0);
+  if (threads % 32 != 0) fresh.exited.back() = ~0u << (threads % 32);
+  for (int i = 0; i < threads; ++i) {
+    Thread& thread = fresh.thread[i];
+    thread.index = {i % size.x, i / size.x % size.y, i / size.x / size.y};
+    make_context(&thread.context, stacks + (rank * threads + i) * kStack + kPage, kStack - kPage, thread_entry);
+    make_ready(i);
+  }
+}
+
+void run_grid(const std::function<void()>& body, dim3 grid, dim3 size, int together) {
   kernel_body = &body;
   here.block_size = size;
   here.grid_size = grid;
   dice.seed(settings.seed);
-  std::vector<uint64_t> places(uint64_t(grid.x) * grid.y * grid.z);
+  std::vector<uint64_t> places(uint64_t(grid.x) * grid.y * grid.z / together);
   std::iota(places.begin(), places.end(), 0);
   if (settings.order == Order::backward) std::reverse(places.begin(), places.end());
   if (settings.order == Order::random) std::shuffle(places.begin(), places.end(), dice);
   for (const uint64_t place : places) {
-    const unsigned x = place % grid.x, y = place / grid.x % grid.y, z = place / grid.x / grid.y;
-    Block fresh;
-    block = &fresh;
-    ++block_count;
-    here.block = {x, y, z};
-    auto* const below = shared_base - 1024;   // within the region: the largest size leaves more than that
-    auto* const end = reinterpret_cast<unsigned char*>(shared_region) + kPage + kSharedRegion;
-    memset(below, kPoison, end - below);
-    if (statics.bytes > 0) memset(statics.at, kPoison, statics.bytes);
-    fresh.threads = fresh.alive = threads;
-    fresh.thread.resize(threads);
-    fresh.meetings.resize((threads + 31) / 32);
-    fresh.exited.assign((threads + 31) / 32, 0);
-    if (threads % 32 != 0) fresh.exited.back() = ~0u << (threads % 32);
-    for (int i = 0; i < threads; ++i) {
-      Thread& thread = fresh.thread[i];
-      thread.index = {i % size.x, i / size.x % size.y, i / size.x / size.y};
-      make_context(&thread.context, stacks + i * kStack + kPage, kStack - kPage, thread_entry);
-      make_ready(i);
+    Cluster fresh;
+    fresh.blocks.resize(together);
+    cluster = &fresh;
+    block = nullptr;
+    for (int rank = 0; rank < together; ++rank)
+      begin_block(fresh.blocks[rank], rank, place * together + rank, grid, size);
+    run_cluster();
+    if (const std::string error = first_error(); !error.empty()) throw std::runtime_error("emulate: " + error);
+    for (Block& each : fresh.blocks) {
+      run_next(each);
+      const unsigned char* const end = region_end();
+      for (const unsigned char* at = region_start(); at < end; at += at == shared_base - 1 ? shared_bytes + 1 : 1)
+        if (*at != kPoison)
+          fail("write at byte %td of %zu bytes of dynamic shared memory", at - shared_base, shared_bytes);
     }
-    run_block();
-    if (!fresh.error.empty()) throw std::runtime_error("emulate: " + fresh.error);
-    for (const unsigned char* at = below; at < end; at += at == shared_base - 1 ? shared_bytes + 1 : 1)
-      if (*at != kPoison)
-        fail("write at byte %td of %zu bytes of dynamic shared memory", at - shared_base, shared_bytes);
     block = nullptr;
   }
 }
@@ -309,17 +414,19 @@ void fail(const char* format, ...) {
   throw std::runtime_error(position() + ": " + text);
 }
 
-void run(const void* kernel, dim3 grid, dim3 size, size_t bytes, const std::function<void()>& body) {
+void run(const void* kernel, dim3 grid, dim3 size, size_t bytes, const std::function<void()>& body, int together) {
   static std::mutex one_at_a_time;
   std::lock_guard<std::mutex> lock(one_at_a_time);
   OutsideFence outside;
   const int64_t threads = int64_t(size.x) * size.y * size.z, blocks = int64_t(grid.x) * grid.y * grid.z;
   if (threads < 1 || threads > kMaxThreads) fail("a block of %ld threads", long(threads));
   if (blocks < 1 || grid.y > 65535 || grid.z > 65535) fail("a grid of %u x %u x %u blocks", grid.x, grid.y, grid.z);
+  if (together < 1 || together > kMaxCluster || grid.x % together != 0 || together * threads > kMaxThreads)
+    fail("clusters of %d blocks of %ld threads in a grid of %u", together, long(threads), grid.x);
   if (bytes > kSharedLimit) fail("%zu bytes of dynamic shared memory; a block has at most %zu", bytes, kSharedLimit);
   prepare_memory();
   shared_bytes = bytes;
-  shared_base = reinterpret_cast<unsigned char*>(shared_region) + kPage + (kSharedRegion - bytes) / 1024 * 1024;
+  take_shared(0);
   statics = {};
   dl_iterate_phdr(find_statics, const_cast<void*>(kernel));
   write_down(kernel, static_cast<int>(threads), bytes);
@@ -333,7 +440,7 @@ void run(const void* kernel, dim3 grid, dim3 size, size_t bytes, const std::func
   }
   fault_armed = 1;
   try {
-    run_grid(body, grid, size);
+    run_grid(body, grid, size, together);
   } catch (...) {
     block = nullptr;
     throw;
@@ -367,8 +474,8 @@ void check_shared(const void* pointer, size_t bytes, const char* what) {
 
 void abandon(const std::string& message) {
   if (block == nullptr) throw std::runtime_error("emulate: " + message);
-  if (block->error.empty()) block->error = position() + ": " + message;
-  switch_context(&block->thread[here.number].context, &scheduler);
+  if (running->error.empty()) running->error = position() + ": " + message;
+  switch_context(&running->thread[here.number].context, &scheduler);
   std::abort();
 }
 
@@ -436,7 +543,32 @@ void meet(const char* what, uint32_t mask, void* mine, Complete complete, const 
 void later(std::function<void()> work) { block->work.push_back(std::move(work)); }
 void at_block_end(std::function<void()> check) { block->checks.push_back(std::move(check)); }
 void at_deadlock(std::function<std::string()> describe) { block->notes.push_back(std::move(describe)); }
-void keep(std::shared_ptr<void> state) { block->states.push_back(std::move(state)); }
+std::shared_ptr<void>& state_of_block(const void* key) { return block->states[key]; }
+
+int cluster_size() { return static_cast<int>(cluster->blocks.size()); }
+int cluster_rank() { return running->rank; }
+
+void in_block(int rank, const char* what, const std::function<void()>& work) {
+  require_kernel();
+  if (rank < 0 || rank >= cluster_size()) fail("%s: block %d of a cluster of %d", what, rank, cluster_size());
+  Block& other = cluster->blocks[rank];
+  if (other.alive == 0) fail("%s: block %d of the cluster has exited", what, rank);
+  struct Back {
+    Block& to;
+    ~Back() { take(to); }
+  } back{*block};
+  take(other);
+  work();
+}
+
+void cluster_sync() {
+  require_kernel();
+  ++cluster->arrived;
+  settle_cluster();
+  if (cluster->arrived == 0) return;   // it was the last one
+  cluster->waiting.push_back({block, here.number});
+  suspend("the cluster's barrier");
+}
 
 }  // namespace emulate
 

@@ -1,6 +1,6 @@
 // A thread block on one CPU thread: every CUDA thread is a fiber that runs until it has to wait. Blocks run one after
-// another. What waits (barriers, warp-wide operations, asynchronous copies) is written here; what a thread can do on
-// its own is in device.h.
+// another, those of a cluster together. What waits (barriers, warp-wide operations, asynchronous copies) is written
+// here; what a thread can do on its own is in device.h.
 //
 // Made to find mistakes, not to be fast:
 //   - shared memory is filled with NaN bytes before each block, dynamic shared memory ends at an unmapped page;
@@ -42,9 +42,9 @@ inline int warp() { return here.number >> 5; }
 // ---- launch -------------------------------------------------------------------------------------------------------
 
 // Runs the grid; `kernel` tells which library the static shared memory is in. Throws what a thread threw, or a
-// deadlock.
-EMULATE_API void run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
-                     const std::function<void()>& body);
+// deadlock. `cluster` neighbours along x are a cluster.
+EMULATE_API void run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body,
+                     int cluster = 1);
 
 // Of the device that is made up: few, so that a persistent kernel takes several tiles a block.
 EMULATE_API int processors();
@@ -57,6 +57,15 @@ EMULATE_API size_t dynamic_shared_bytes();
 EMULATE_API uint32_t shared_address(const void* pointer);
 EMULATE_API unsigned char* shared_pointer(uint32_t address, size_t bytes);
 EMULATE_API void check_shared(const void* pointer, size_t bytes, const char* what);
+
+// ---- clusters -----------------------------------------------------------------------------------------------------
+
+EMULATE_API int cluster_size();
+EMULATE_API int cluster_rank();
+// Does `work` with another block's shared memory and state in place of the running one's: what reaches across.
+EMULATE_API void in_block(int rank, const char* what, const std::function<void()>& work);
+// Waits until all threads of the cluster that have not exited are there.
+EMULATE_API void cluster_sync();
 
 // ---- waiting ------------------------------------------------------------------------------------------------------
 
@@ -88,19 +97,19 @@ EMULATE_API void at_block_end(std::function<void()> check);
 // What a deadlock report says besides where the threads stand.
 EMULATE_API void at_deadlock(std::function<std::string()> describe);
 
-// State of the running block, a fresh one for each block.
-EMULATE_API void keep(std::shared_ptr<void> state);
-extern EMULATE_API uint64_t block_count;   // blocks begun
+// State of the running block, a fresh one for each block, by a key of its type.
+EMULATE_API std::shared_ptr<void>& state_of_block(const void* key);
+extern EMULATE_API uint64_t block_id;   // of the running block: no two have the same
 
 template <class T>
 T& of_block() {
   static uint64_t made_for = 0;
   static T* state = nullptr;
-  if (made_for != block_count) {
-    auto made = std::make_shared<T>();
-    state = made.get();
-    made_for = block_count;
-    keep(std::move(made));
+  if (made_for != block_id) {
+    std::shared_ptr<void>& kept = state_of_block(&made_for);
+    if (!kept) kept = std::make_shared<T>();
+    state = static_cast<T*>(kept.get());
+    made_for = block_id;
   }
   return *state;
 }

@@ -67,9 +67,32 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
   }
 }
 
+// An arrival at the barrier that lies in block `rank` of the cluster where `barrier` lies in this one.
+__device__ __forceinline__ void barrier_arrive_in_cluster(uint64_t* barrier, int rank) {
+  asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+               "mbarrier.arrive.shared::cluster.b64 _, [there];\n}"
+               ::"r"(shared_address(barrier)), "r"(rank)
+               : "memory");
+}
+
 // Orders this thread's ordinary accesses to shared memory before later ones by TMA and wgmma (another path to memory):
 // after writing what wgmma reads, and before telling the producer that a buffer touched by hand may be overwritten.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- clusters -----------------------------------------------------------------------------------------------------
+// Blocks that a launch with cluster dimensions places together may load into each other's shared memory and arrive at
+// each other's barriers, from their first cluster_sync (after barrier_init and fence_barrier_init) to their last one.
+
+__device__ __forceinline__ int cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+
+// Waits for all threads of the cluster that have not exited. Whole warps execute it.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 
 // ---- named barriers and registers ---------------------------------------------------------------------------------
 
@@ -166,6 +189,16 @@ __device__ __forceinline__ void tma_load_2d(void* to, const CUtensorMap* map, ui
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
                "[%1, {%3, %4}], [%2];"
                ::"r"(shared_address(to)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1)
+               : "memory");
+}
+// The same into every block of the cluster whose bit is set in `blocks`, at the same offset in its shared memory; the
+// bytes arrive at each block's own barrier.
+__device__ __forceinline__ void tma_load_2d_cluster(void* to, const CUtensorMap* map, uint64_t* barrier, int c0, int c1,
+                                                    uint32_t blocks) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+               "[%0], [%1, {%3, %4}], [%2], %5;"
+               ::"r"(shared_address(to)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1),
+               "h"(static_cast<unsigned short>(blocks))
                : "memory");
 }
 __device__ __forceinline__ void tma_load_3d(void* to, const CUtensorMap* map, uint64_t* barrier, int c0, int c1,

@@ -23,15 +23,41 @@ struct Launch {
 
 inline void check_launch() { STD_CUDA_CHECK(cudaGetLastError()); }
 
-// kernel<<<grid, block, shared bytes, stream>>>(arguments...), checked; asks for more than 48 KB where it must.
-template <class... Parameters, class... Arguments>
-void launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-                   Arguments&&... arguments) {
+// Lets a kernel have more than 48 KB where it must.
+template <class Kernel>
+void allow_shared(Kernel* kernel, size_t shared_bytes) {
   if (shared_bytes > 48 * 1024) {
     STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(shared_bytes)));
   }
+}
+
+// kernel<<<grid, block, shared bytes, stream>>>(arguments...), checked.
+template <class... Parameters, class... Arguments>
+void launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                   Arguments&&... arguments) {
+  allow_shared(kernel, shared_bytes);
   kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
+  check_launch();
+}
+
+// The same in clusters of this many neighbours along x, of which grid.x is a multiple (sm_90 and later).
+template <class... Parameters, class... Arguments>
+void launch_clusters(int cluster, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                     cudaStream_t stream, Arguments&&... arguments) {
+  allow_shared(kernel, shared_bytes);
+  cudaLaunchAttribute size{};
+  size.id = cudaLaunchAttributeClusterDimension;
+  size.val.clusterDim.x = static_cast<unsigned>(cluster);
+  size.val.clusterDim.y = size.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &size;
+  config.numAttrs = 1;
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
   check_launch();
 }
 

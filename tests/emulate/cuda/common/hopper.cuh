@@ -37,7 +37,13 @@ inline bool barrier_try_wait(uint64_t* barrier, uint32_t parity) {
   barrier_wait(barrier, parity);   // it "may suspend the thread for a while"
   return true;
 }
+inline void barrier_arrive_in_cluster(uint64_t* barrier, int rank) { emulated::arrive_in_cluster(barrier, rank); }
 inline void fence_proxy_async() { emulated::async_view().take_all(); }
+
+// ---- clusters -----------------------------------------------------------------------------------------------------
+
+inline int cluster_rank() { return emulate::cluster_rank(); }
+inline void cluster_sync() { emulate::cluster_sync(); }
 
 // ---- named barriers and registers ---------------------------------------------------------------------------------
 
@@ -55,6 +61,10 @@ inline float exp2_fast(float x) { return x < -126 ? 0.f : exp2f(x); }
 inline void tma_prefetch(const CUtensorMap*) {}
 inline void tma_load_2d(void* to, const CUtensorMap* map, uint64_t* barrier, int c0, int c1) {
   emulated::tma_load(to, map, barrier, {c0, c1});
+}
+inline void tma_load_2d_cluster(void* to, const CUtensorMap* map, uint64_t* barrier, int c0, int c1, uint32_t blocks) {
+  if (blocks == 0) emulate::fail("TMA: a load to no block of the cluster");
+  emulated::tma_load(to, map, barrier, {c0, c1}, blocks);
 }
 inline void tma_load_3d(void* to, const CUtensorMap* map, uint64_t* barrier, int c0, int c1, int c2) {
   emulated::tma_load(to, map, barrier, {c0, c1, c2});

@@ -14,11 +14,18 @@ inline void check_launch() {}
 inline thread_local volatile char thread_local_segment = 0;
 
 template <class... Parameters, class... Arguments>
-void launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
-                   Arguments&&... arguments) {
+void launch_clusters(int cluster, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                     cudaStream_t, Arguments&&... arguments) {
   const std::tuple<std::remove_cv_t<Parameters>...> values{static_cast<Parameters>(arguments)...};
   thread_local_segment = 0;
-  emulate::run(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, [&] { std::apply(kernel, values); });
+  emulate::run(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, [&] { std::apply(kernel, values); },
+               cluster);
+}
+
+template <class... Parameters, class... Arguments>
+void launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                   Arguments&&... arguments) {
+  launch_clusters(1, kernel, grid, block, shared_bytes, stream, arguments...);
 }
 
 }  // namespace triskele::cuda
