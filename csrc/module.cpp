@@ -6,6 +6,11 @@
 #include <string>
 #include <vector>
 
+#if defined(__linux__) && defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace {
 
 std::vector<std::string> words(const char* text) {
@@ -26,6 +31,9 @@ std::vector<std::string> cpu_features() {
 #undef TRISKELE_FEATURE
 #elif defined(__aarch64__)
   out.push_back("neon");
+#if defined(__linux__)
+  if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) out.push_back("dotprod");
+#endif
 #endif
   return out;
 }

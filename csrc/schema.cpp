@@ -20,17 +20,19 @@ STABLE_TORCH_LIBRARY(triskele_native, m) {
   m.def("svdq_quantize(Tensor x, Tensor inverse_smooth, Tensor lora_down_t, float shift, int group) "
         "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def("svdq_gemm(Tensor codes, Tensor token_scales, Tensor sums, Tensor down, Tensor qweight, Tensor wscales, "
-        "Tensor lora_up, Tensor? bias, bool e2m1, bool narrow) -> Tensor");
+        "Tensor lora_up, Tensor? bias, bool e2m1, bool narrow, int epilogue) -> Tensor");
   // svdq: CUDA alone
   m.def("svdq_quantize_int8(Tensor x, Tensor smooth, Tensor lora_down, float shift, int multiple) "
         "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def("svdq_quantize_int4(Tensor x, Tensor smooth, Tensor lora_down, float shift, bool is_unsigned, int multiple) "
         "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def("svdq_widen(Tensor qweight, Tensor wscales, bool e2m1, int chunk) -> (Tensor, Tensor)");
+  m.def("svdq_multipliers(Tensor qweight, Tensor wscales, bool in_operand) -> (Tensor, Tensor, Tensor)");
   m.def("svdq_w8a8_gemm(Tensor codes, Tensor token_scales, Tensor down, Tensor units, Tensor weights, Tensor scales, "
         "Tensor lora_up, Tensor? bias) -> Tensor");
-  m.def("svdq_w4a8_gemm(Tensor codes, Tensor token_scales, Tensor down, Tensor units, Tensor qweight, Tensor wscales, "
-        "Tensor lora_up, Tensor? bias) -> Tensor");
+  m.def("svdq_w4a8_gemm(Tensor codes, Tensor token_scales, Tensor down, Tensor units, Tensor qweight, "
+        "Tensor multipliers, Tensor channel_units, Tensor fits, Tensor lora_up, Tensor? bias, bool clusters) "
+        "-> Tensor");
   m.def("svdq_w4a4_gemm(Tensor codes, Tensor token_scales, Tensor down, Tensor units, Tensor qweight, Tensor wscales, "
         "Tensor lora_up, Tensor? bias, bool is_unsigned) -> Tensor");
   // taa

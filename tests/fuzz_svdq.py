@@ -41,15 +41,16 @@ def linear(draw: Draw) -> None:
         x[..., 0, :] = 0
         x[..., -1, draw.random.randrange(k)] = draw.choice("odd", (float("nan"), float("inf")))
     bias = draw.tensor("bias", n, dtype=draw.random.choice((dtype, torch.float32))) if draw.flag("has bias") else None
-    got = svdq_linear(x, weight, bias, backend="cpu")
-    truth = svdq_linear(x.double(), weight, bias, backend="reference")
+    epilogue = draw.choice("epilogue", tuple(reference.EPILOGUES))
+    got = svdq_linear(x, weight, bias, backend="cpu", epilogue=epilogue)
+    truth = svdq_linear(x.double(), weight, bias, backend="reference", epilogue=epilogue)
     assert got.dtype == dtype and got.shape == truth.shape
     given = 0.0 if bias is None else bias.double()
     given = (given + weight.shift_bias() if weight.shift else given)
     z = fake_quantize_activation(reference.smoothed(x, weight.smooth, weight.shift), "int8", False, torch.float32)
     down = x.float() @ weight.lora_down.float().T
     rough = z @ weight.dequantize().float().T + down @ weight.lora_up.float().T
-    rough = (rough + torch.as_tensor(given).float()).to(dtype)
+    rough = reference.activated(rough + torch.as_tensor(given).float(), epilogue).to(dtype)
     finite = truth.isfinite()
     assert torch.equal(got.isnan(), truth.isnan()), "NaN in other tokens"
     # the sizes of what is added up: a sum may cancel to less

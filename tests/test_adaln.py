@@ -300,3 +300,14 @@ def test_the_native_ops_guard_themselves():
         native.adaln_modulate(v["x"], v["scale"].double(), v["shift"], None, None, None, 1e-6)
     with pytest.raises(RuntimeError, match="unit channel stride"):
         native.adaln_modulate(strided(v["x"]), v["scale"], v["shift"], None, None, None, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_that_go_past_the_caches(dtype):
+    """A result of more than 4 MiB is stored otherwise; its values are those of its parts, which are not."""
+    v = inputs(2, 720, 1536, rows=2, dtype=dtype)
+    for run in (modulate_of, gate_of):
+        whole = run(v)
+        assert whole.numel() * whole.element_size() >= 4 << 20
+        parts = [run(v | {name: v[name][:, at:at + 90] for name in ("x", "residual")}) for at in range(0, 720, 90)]
+        assert torch.equal(whole, torch.cat(parts, 1))

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import kernels
 import pytest
 import torch
 from generators import poisoned, strided, with_outliers
@@ -93,9 +94,7 @@ def level_results():
 
 def test_every_instruction_set_gives_the_same_integers(tmp_path):
     assert not _native.cpu_library(), _native.cpu_library()
-    best = _native.cpu_level()
-    levels = ["base", "avx2", "avx512", "amx"]
-    levels = levels[:levels.index(best) + 1]
+    levels = kernels.levels()
     running = [subprocess.Popen(
         [sys.executable, "-c", LEVELS_SCRIPT, tmp_path / f"{level}.pt", os.path.dirname(__file__)],
         env={**os.environ, "TRISKELE_CPU_LEVEL": level, "OMP_NUM_THREADS": "1"}) for level in levels]
@@ -216,14 +215,14 @@ def test_gradients(activation):
                                     torch.randn(3, 24, dtype=torch.float64, requires_grad=True))
 
 
-@pytest.mark.parametrize("format, activation, backend", [("int4", "int8", "cpu"), ("nvfp4", "int8", "auto"),
-                                                         ("int4", "int4", "reference")])
-def test_opcheck(format, activation, backend):
+@pytest.mark.parametrize("format, activation, epilogue, backend", [
+    ("int4", "int8", "none", "cpu"), ("nvfp4", "int8", "gelu", "auto"), ("int4", "int4", "gelu_tanh", "reference")])
+def test_opcheck(format, activation, epilogue, backend):
     w = make(48, 20, 4, format, activation)
     x = torch.randn(2, 3, 48, requires_grad=True)
     wscales = w.wscales.bfloat16()  # opcheck itself compares tensors in ways that float8 does not have
     arguments = (x, w.qweight, wscales, w.wtscale, w.lora_down, w.lora_up, w.smooth, torch.randn(20), format,
-                 activation, 0.0, backend)
+                 activation, 0.0, epilogue, backend)
     torch.library.opcheck(torch.ops.triskele.svdq_linear, arguments)
     torch.library.opcheck(torch.ops.triskele.svdq_linear_backward,
                           (torch.randn(2, 3, 20), *arguments[1:7], format))
@@ -232,7 +231,7 @@ def test_opcheck(format, activation, backend):
 def test_fullgraph_compile():
     module = SVDQuantLinear.from_quantized(make(48, 20), torch.randn(20))
     w = make(48, 20)
-    for f in (module, lambda a: tk.ops.svdq_linear(a, w)):
+    for f in (module, lambda a: tk.ops.svdq_linear(a, w), lambda a: tk.ops.svdq_linear(a, w, epilogue="gelu")):
         compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
         x, other = (torch.randn(2, 3, 48, requires_grad=True) for _ in range(2))
         other.data.copy_(x.data)
@@ -246,7 +245,7 @@ def test_fullgraph_compile():
     ({"x": torch.ones(2, 64, dtype=torch.int32)}, "x: expected a floating-point dtype"),
     ({"x": [1.0]}, "x: expected a tensor"), ({"weight": torch.ones(32, 64)}, "weight: expected an SVDQWeight"),
     ({"bias": torch.ones(31)}, "bias: expected shape"), ({"bias": 1.0}, "bias: expected a tensor"),
-    ({"backend": "fast"}, "backend: expected one of"),
+    ({"backend": "fast"}, "backend: expected one of"), ({"epilogue": "relu"}, "epilogue: expected one of"),
     ({"x": torch.ones(2, 64, device="meta")}, "weight: expected the device of x")])
 def test_bad_input(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -265,7 +264,10 @@ def test_native_ops_check_what_they_are_given():
     parts = native.svdq_quantize(x, torch.ones(64), torch.ones(64, 16), 0.0, 64)
     with pytest.raises(RuntimeError, match="qweight columns: expected 32, got 31"):
         native.svdq_gemm(*parts, torch.zeros(8, 31, dtype=torch.uint8), torch.ones(8, 1), torch.ones(16, 8), None,
-                         False, False)
+                         False, False, 0)
+    with pytest.raises(RuntimeError, match="epilogue to be 0"):
+        native.svdq_gemm(*parts, torch.zeros(8, 32, dtype=torch.uint8), torch.ones(8, 1), torch.ones(8, 16), None,
+                         False, False, 3)
 
 
 # ---- the module ----

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import kernels
 import pytest
 import torch
 from generators import poisoned, strided, with_outliers
@@ -177,8 +178,7 @@ def level_results():
 
 def test_levels_agree_for_every_path(tmp_path):
     assert not _native.cpu_library(), _native.cpu_library()
-    levels = ["base", "avx2", "avx512", "amx"]
-    levels = levels[:levels.index(_native.cpu_level()) + 1]
+    levels = kernels.levels()
     running = [subprocess.Popen(
         [sys.executable, "-c", LEVEL_SCRIPT, tmp_path / f"{level}.pt", os.path.dirname(__file__)],
         env={**os.environ, "TRISKELE_CPU_LEVEL": level, "OMP_NUM_THREADS": "1"}) for level in levels]

@@ -304,3 +304,21 @@ def test_reference_keeps_the_dtype_of_the_state():
     v = inputs(4, 16, slots=1)
     r, *_ = reference.residual(v["x"], v["eps"], v["noise"], v["a"], v["b"], v["c"], v["past_r"], 2)
     assert r.dtype == torch.float32
+
+
+@pytest.mark.parametrize("state, eps", DTYPES, ids=str)
+def test_results_that_go_past_the_caches(state, eps):
+    """R and the moved window of more than 4 MiB are stored otherwise; the columns are those of a narrower window."""
+    window, size = 5, 1 << 18
+    whole = inputs(window, size, slots=2, state=state, eps=eps)
+    r = residual_of(whole, window)[0]
+    moved = update_of(whole, r)
+    assert r.numel() * r.element_size() >= 4 << 20
+
+    def columns(value):
+        if isinstance(value, (list, tuple)):
+            return type(value)(columns(part) for part in value)
+        return value[:, -4096:] if value is not None and value.dim() == 2 and value.shape[1] == size else value
+    part = {name: columns(value) for name, value in whole.items()}
+    narrow = residual_of(part, window)[0]
+    assert torch.equal(r[:, -4096:], narrow) and torch.equal(moved[:, -4096:], update_of(part, narrow))

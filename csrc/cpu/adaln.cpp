@@ -18,7 +18,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "check.h"
-#include "cpu/simd.h"
+#include "cpu/widen.h"
 
 namespace triskele::TRISKELE_LEVEL {
 namespace {
@@ -26,26 +26,19 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-typedef uint16_t Halves __attribute__((vector_size(kVec * sizeof(uint16_t))));
-typedef uint16_t UnalignedHalves __attribute__((vector_size(kVec * sizeof(uint16_t)), aligned(2), may_alias));
-typedef uint32_t Bits __attribute__((vector_size(kVec * sizeof(uint32_t))));
-
 // T is float, or uint16_t for bfloat16.
 using TRISKELE_LEVEL::load;
 using TRISKELE_LEVEL::store;
 
-inline Floats load(const uint16_t* p) {
-  const Halves half = *reinterpret_cast<const UnalignedHalves*>(p);
-  return reinterpret_cast<Floats>(__builtin_convertvector(half, Bits) << 16);
-}
+inline Floats load(const uint16_t* p) { return load_bfloat16(p); }
+inline void store(uint16_t* p, Floats x) { store_bfloat16(p, x); }
 
-inline void store(uint16_t* p, Floats x) {  // nearest, ties to even
-  const Bits bits = reinterpret_cast<Bits>(x);
-  const Bits rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-  const Bits chosen = (bits & 0x7FFFFFFF) > 0x7F800000 ? (bits >> 16) | 0x40 : rounded;
-  *reinterpret_cast<UnalignedHalves*>(p) = __builtin_convertvector(chosen, Halves);
+template <bool Streams, class T>
+inline void put(T* p, Floats x) {
+  if constexpr (!Streams) store(p, x);
+  else if constexpr (std::is_same_v<T, float>) stream(p, x);
+  else stream_bfloat16(p, x);
 }
-
 inline float get(const float* p) { return *p; }
 inline float get(const uint16_t* p) { return from_bfloat16(*p); }
 inline void put(float* p, float x) { *p = x; }
@@ -98,7 +91,12 @@ struct Table {
 
 int64_t tokens_a_thread(int64_t channels) { return 1 + 32768 / channels; }
 
+constexpr int64_t kAhead = 2048;  // bytes between what is read and what is fetched
+
 template <class T>
+inline void fetch(const T* p) { __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead); }
+
+template <class T, bool Streams>
 void modulate(Tokens<const T> x, Tokens<T> out, int64_t batch, int64_t tokens, int64_t channels, Rows rows, Table scale,
               Table shift, const float* weight, const float* bias, float eps) {
   torch::stable::parallel_for(0, batch * tokens, tokens_a_thread(channels), [&](int64_t begin, int64_t end) {
@@ -134,13 +132,14 @@ void modulate(Tokens<const T> x, Tokens<T> out, int64_t batch, int64_t tokens, i
       const float inverse = 1.f / std::sqrt(variance + eps);
       T* to = out.at(b, l);
       for (int64_t i = 0; i < whole; i += kVec)
-        store(to + i, (load(row + i) - center) * inverse * load(factor + i) + load(offset + i));
+        put<Streams>(to + i, (load(row + i) - center) * inverse * load(factor + i) + load(offset + i));
       for (int64_t i = whole; i < n; ++i) put(to + i, (row[i] - mean) * inverse * factor[i] + offset[i]);
     }
+    if constexpr (Streams) streamed();
   });
 }
 
-template <class T>
+template <class T, bool Streams>
 void gate_residual(Tokens<const T> residual, Tokens<const T> x, Tokens<T> out, int64_t batch, int64_t tokens,
                    int64_t channels, Rows rows, Table gate) {
   torch::stable::parallel_for(0, batch * tokens, tokens_a_thread(channels), [&](int64_t begin, int64_t end) {
@@ -150,9 +149,13 @@ void gate_residual(Tokens<const T> residual, Tokens<const T> x, Tokens<T> out, i
       const float* g = gate.row(rows.of(b));
       const T *kept = residual.at(b, l), *in = x.at(b, l);
       T* to = out.at(b, l);
-      for (int64_t i = 0; i < whole; i += kVec) store(to + i, load(kept + i) + load(g + i) * load(in + i));
+      for (int64_t i = 0; i < whole; i += kVec) {
+        fetch(kept + i), fetch(in + i);
+        put<Streams>(to + i, load(kept + i) + load(g + i) * load(in + i));
+      }
       for (int64_t i = whole; i < n; ++i) put(to + i, get(kept + i) + g[i] * get(in + i));
     }
+    if constexpr (Streams) streamed();
   });
 }
 
@@ -209,12 +212,17 @@ const float* vector_of(const char* op, const char* name, const std::optional<Ten
   return static_cast<const float*>(value->const_data_ptr());
 }
 
-// Calls f with a null pointer of the tokens' type.
+// Calls f with a null pointer of the tokens' type, and with whether the result `out` goes past the caches.
 template <class F>
-void by_dtype(const char* op, const Tensor& x, const F& f) {
-  const ScalarType type = x.scalar_type();
+void by_dtype(const char* op, const Tensor& out, const F& f) {
+  const ScalarType type = out.scalar_type();
   check_that(type == ScalarType::Float || type == ScalarType::BFloat16, op, "x in float32 or bfloat16");
-  type == ScalarType::Float ? f((float*)nullptr) : f((uint16_t*)nullptr);
+  const auto with = [&](auto* tokens) {
+    const int64_t row = out.size(2) * static_cast<int64_t>(sizeof(*tokens));
+    streams(out.const_data_ptr(), row, out.numel() * static_cast<int64_t>(sizeof(*tokens)))
+        ? f(tokens, std::true_type()) : f(tokens, std::false_type());
+  };
+  type == ScalarType::Float ? with((float*)nullptr) : with((uint16_t*)nullptr);
 }
 
 Tensor adaln_modulate(const Tensor& x, const Tensor& scale, const Tensor& shift, const std::optional<Tensor>& row_index,
@@ -228,10 +236,10 @@ Tensor adaln_modulate(const Tensor& x, const Tensor& scale, const Tensor& shift,
   const float* w = vector_of(op, "weight", weight, channels);
   const float* b = vector_of(op, "bias", bias, channels);
   Tensor out = torch::stable::new_empty(x, {batch, tokens, channels});
-  by_dtype(op, x, [&](auto* type) {
+  by_dtype(op, out, [&](auto* type, auto past) {
     using T = std::remove_pointer_t<decltype(type)>;
-    modulate<T>(tokens_of<T>(x), tokens_of_result<T>(out), batch, tokens, channels, rows, scales, shifts, w, b,
-                static_cast<float>(eps));
+    modulate<T, past()>(tokens_of<T>(x), tokens_of_result<T>(out), batch, tokens, channels, rows, scales, shifts, w, b,
+                        static_cast<float>(eps));
   });
   return out;
 }
@@ -244,10 +252,10 @@ Tensor adaln_gate(const Tensor& residual, const Tensor& x, const Tensor& gate, c
   const Table gates = table_of(op, "gate", gate, count, channels);
   const Rows rows = rows_of(op, row_index, count, batch);
   Tensor out = torch::stable::new_empty(residual, {batch, tokens, channels});
-  by_dtype(op, x, [&](auto* type) {
+  by_dtype(op, out, [&](auto* type, auto past) {
     using T = std::remove_pointer_t<decltype(type)>;
-    gate_residual<T>(tokens_of<T>(residual), tokens_of<T>(x), tokens_of_result<T>(out), batch, tokens, channels, rows,
-                     gates);
+    gate_residual<T, past()>(tokens_of<T>(residual), tokens_of<T>(x), tokens_of_result<T>(out), batch, tokens, channels,
+                             rows, gates);
   });
   return out;
 }

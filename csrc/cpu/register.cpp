@@ -1,5 +1,6 @@
 // Chooses the instruction set when the library is loaded, and registers that level's kernels for the CPU.
-// TRISKELE_CPU_LEVEL=base|avx2|avx512|amx forces a lower level; a higher one than the CPU has is refused.
+// TRISKELE_CPU_LEVEL=base|avx2|avx512|amx (Arm: base|dotprod) forces a lower level; a higher one than the CPU has is
+// refused.
 #include "cpu/level.h"
 
 #include <cstdlib>
@@ -9,13 +10,23 @@
 #if defined(__linux__) && defined(__x86_64__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__linux__) && defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 namespace triskele {
 
+// Weakest first; setup.py says which were built.
+#if defined(__aarch64__)
+enum Level { kBase, kDotprod };
+constexpr const char* kLevelNames[] = {"base", "dotprod"};
+constexpr bool kBuilt[] = {true, TRISKELE_HAS_dotprod};
+#else
 enum Level { kBase, kAvx2, kAvx512, kAmx };
 constexpr const char* kLevelNames[] = {"base", "avx2", "avx512", "amx"};
-constexpr bool kBuilt[] = {true, TRISKELE_HAS_avx2, TRISKELE_HAS_avx512, TRISKELE_HAS_amx};  // setup.py says
+constexpr bool kBuilt[] = {true, TRISKELE_HAS_avx2, TRISKELE_HAS_avx512, TRISKELE_HAS_amx};
+#endif
 
 #if defined(__x86_64__)
 // The kernel keeps the 8 KiB of tile data only for processes that asked: until then a tile instruction is a fault. The
@@ -43,6 +54,9 @@ Level best_level() {
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512vnni"))
     return has_amx() ? kAmx : kAvx512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) return kAvx2;
+#elif defined(__linux__) && defined(__aarch64__)
+  constexpr unsigned long kWanted = HWCAP_ASIMDDP | HWCAP_ATOMICS | HWCAP_ASIMDRDM | HWCAP_CRC32;  // of -march=armv8.2-a
+  if ((getauxval(AT_HWCAP) & kWanted) == kWanted) return kDotprod;
 #endif
   return kBase;
 }
@@ -91,6 +105,9 @@ STABLE_TORCH_LIBRARY_IMPL(triskele_native, CPU, m) {
 #endif
 #if TRISKELE_HAS_avx2
     case triskele::kAvx2: { using namespace triskele::avx2; TRISKELE_FAMILIES(TRISKELE_REGISTER) break; }
+#endif
+#if TRISKELE_HAS_dotprod
+    case triskele::kDotprod: { using namespace triskele::dotprod; TRISKELE_FAMILIES(TRISKELE_REGISTER) break; }
 #endif
     default: { using namespace triskele::base; TRISKELE_FAMILIES(TRISKELE_REGISTER) break; }
   }

@@ -15,12 +15,15 @@ namespace triskele::TRISKELE_LEVEL::backward {
 
 constexpr int64_t kPair = 32;  // queries and keys are padded to multiples of this: one step of depth
 
-// 2^x, zero below 2^-125 (no subnormal number: they are slow), for x < 128; NaN of NaN. Relative error 3e-6 for bfloat16
-// to come, 2e-7 otherwise.
-template <bool Rough>
+constexpr float kLarge = 0x1p20f;  // log2: an lse from which on its rounding shows
+
+// 2^x, zero below 2^-125 (no subnormal number: they are slow); NaN of NaN. Relative error 3e-6 for bfloat16 to come,
+// 2e-7 otherwise. `Capped`: at most 1, else for x < 128. No weight passes 1, but a large lse is rounded by any amount.
+template <bool Rough, bool Capped>
 inline __m512 power(__m512 scores, __m512 factor, __m512 shift) {
   const __m512 magic = _mm512_set1_ps(12582912.f);  // 1.5 * 2^23: adding it leaves round(x) in the low bits
-  const __m512 x = _mm512_fmsub_ps(scores, factor, shift);
+  __m512 x = _mm512_fmsub_ps(scores, factor, shift);
+  if constexpr (Capped) x = _mm512_maskz_min_ps(0xFFFF, _mm512_setzero_ps(), x);
   const __m512 shifted = _mm512_add_ps(x, magic);
   const __m512 f = _mm512_sub_ps(x, _mm512_sub_ps(shifted, magic));  // in [-1/2, 1/2]
   __m512 y;
@@ -179,9 +182,11 @@ class TileSparse {
     std::fill(dq, dq + 2 * wide_ * kLanes, 0.f);
     if (critical.empty()) return;
     const int64_t groups = (n + kPair - 1) / kPair, at = head * p.queries + row;
+    std::fill(large_, large_ + kGroups, false);
     for (int64_t r = 0; r < groups * kPair; ++r) {
       shift_[r] = r < n ? in.lse[at + r] * kLog2E : 1e30f;  // past the end P is zero
       offset_[r] = r < n ? in.offset[at + r] : 0.f;
+      large_[r / kPair] |= r < n && std::fabs(shift_[r]) > kLarge;
     }
     pack_queries(in.q, head, row, n, groups, qb_, qd_);
     pack_queries(in.d_sparse, head, row, n, groups, gb_, gd_);
@@ -201,7 +206,8 @@ class TileSparse {
           multiply_tiles<Planes>(tiles, 2, {k + Planes * plane, depths_ * tile::kWords, tile::kWords, plane},
                                  {gb_ + b, depths_ * tile::kWords, tile::kWords, kChunk * deep_}, depths_, gradients_,
                                  kPair, false);
-          weigh(p.scale * kLog2E, m, tiles, g);
+          if (large_[g]) weigh<true>(p.scale * kLog2E, m, tiles, g);
+          else weigh<false>(p.scale * kLog2E, m, tiles, g);
         }
         const int64_t key = j * tall + t;
         const tile::Operand weights{p_, kGroups * tile::kWords, tile::kWords, kChunk * kKeys};
@@ -267,7 +273,8 @@ class TileSparse {
 
   // P^T and dS^T of 32 queries (group g) and m keys, as A tiles [key tile][group] and, of dS^T, B tiles
   // [query tile][step of keys]. Rows past the m-th are zero.
-  void weigh(float factor, int64_t m, int64_t tiles, int64_t g) {
+  template <bool Capped>
+  __attribute__((noinline)) void weigh(float factor, int64_t m, int64_t tiles, int64_t g) {
     const __m512 scale = _mm512_set1_ps(factor);
     const __m512 shift[2] = {_mm512_load_ps(shift_ + g * kPair), _mm512_load_ps(shift_ + g * kPair + 16)};
     const __m512 offset[2] = {_mm512_load_ps(offset_ + g * kPair), _mm512_load_ps(offset_ + g * kPair + 16)};
@@ -280,7 +287,7 @@ class TileSparse {
         __m512i weights[2][Planes];
         for (int64_t h = 0; h < 2; ++h) {
           const int64_t from = (r + i) * kPair + h * tile::kSide;
-          __m512 weight = power<Planes == 1>(_mm512_load_ps(scores_ + from), scale, shift[h]);
+          __m512 weight = power<Planes == 1, Capped>(_mm512_load_ps(scores_ + from), scale, shift[h]);
           __m512 slope = _mm512_mul_ps(weight, _mm512_sub_ps(_mm512_load_ps(gradients_ + from), offset[h]));
           if (!there) weight = slope = _mm512_setzero_ps();
           cut<Planes>(weight, weights[h]);
@@ -303,6 +310,7 @@ class TileSparse {
   Pages<uint16_t> qb_, gb_, qd_, gd_, p_, ds_, ds_b_;
   Scratch rows_, lanes_, scores_, gradients_;
   alignas(64) float shift_[kChunk], offset_[kChunk];
+  bool large_[kGroups];
   tile::Registers registers_;
 };
 

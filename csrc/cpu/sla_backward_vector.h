@@ -42,7 +42,7 @@ class VectorSparse {
         for (int64_t c = 0; c < width; c += kVec) {
           const Floats shift = load(log_sum + c), base = load(offset + c);
           for (int64_t i = c; i < m * kLanes; i += kLanes) {
-            const Floats weight = exp2(load(p_ + i) - shift);
+            const Floats power = load(p_ + i) - shift, weight = exp2(power > 0.f ? Floats{} : power);  // P <= 1
             store(p_ + i, weight);
             store(ds_ + i, weight * (load(ds_ + i) - base));
           }

@@ -17,6 +17,7 @@ namespace triskele::TRISKELE_LEVEL::sla_tiles {
 constexpr int64_t kSmallestBlock = 16;               // of keys: below it a strip would be padding for the most part
 constexpr int64_t kPackedBytes = int64_t{2} << 20;  // of heads that are packed at a time, at least one
 constexpr float kSlack = 8.f;                        // log2: how far the maximum may rise before sums are rescaled
+constexpr float kLarge = 0x1p20f;                    // log2: maxima from which on a fused exponent is too rough
 
 inline bool pays(const Problem& p) { return p.block_k >= kSmallestBlock; }
 
@@ -92,13 +93,14 @@ class QueryBlock {
       }
     if (state != nullptr && fresh) take_state(p, l, state);
     const int64_t last = std::min(p.queries, (block + 1) * p.block_q);
+    const float factor = factor_of(p);
     for (int64_t row = block * p.block_q; row < last; row += kLanes) {
       const int64_t n = std::min(kLanes, last - row), at = head * p.queries + row, width = round_up(n, kVec);
       stage_.load(in.q, head, nullptr, row, n, width, p.dim);
       if (P == 3 || state != nullptr) stage_.turn(width, q_);
       attend(p, l, width, keys, values, row == block * p.block_q);
       for (int64_t r = 0; r < n; ++r)
-        out.lse[at + r] = sum_[r] > 0.f ? (top_[r] + std::log2(sum_[r])) * kLn2
+        out.lse[at + r] = sum_[r] > 0.f ? (top_[r] * factor + std::log2(sum_[r])) * kLn2
                           : sum_[r] == 0.f ? -std::numeric_limits<float>::infinity() : sum_[r];
       if (state != nullptr) {
         attend_linearly(p, l, width, state + p.dim * l.rows);
@@ -111,6 +113,8 @@ class QueryBlock {
   }
 
  private:
+  static float factor_of(const Problem& p) { return std::fabs(p.scale) * kLog2E; }  // of scores, to log2 units
+
   // `cold`: the first tile of a block. A head's strips exceed the second cache and are chosen, not consecutive, so that
   // only this code can know which come next.
   void attend(const Problem& p, const Layout& l, int64_t width, const uint16_t* keys, const uint16_t* values, bool cold) {
@@ -119,7 +123,7 @@ class QueryBlock {
       prefetch(keys + strips_[at] * l.k_words, l.k_words * 2);
       prefetch(values + strips_[at] * l.v_words, l.v_words * 2);
     };
-    const float factor = std::fabs(p.scale) * kLog2E;
+    const float factor = factor_of(p);
     for (int64_t s = 0; s < kChunk; ++s) fetch(s);
     if constexpr (P == 1) {
       stage_.operand(width, p.scale < 0.f, packed_);
@@ -152,7 +156,7 @@ class QueryBlock {
     }
   }
 
-  // Takes the maximum of a chunk; rescales what was summed before where it rose by much.
+  // Takes the maximum of a chunk, of scores as they come; rescales what was summed before where it rose by much.
   void raise(const Layout& l, const int64_t* counts, int64_t strips, int64_t width, float factor, bool summed) {
     for (int64_t c = 0; c < width; c += kVec) {
       Floats best[4];
@@ -165,13 +169,13 @@ class QueryBlock {
         for (; r < counts[s]; ++r) best[0] = bigger(load(from + r * kRow), best[0]);
       }
       const Floats before = load(top_ + c);
-      const Floats top = bigger(bigger(bigger(best[0], best[1]), bigger(best[2], best[3])) * factor, before);
+      const Floats top = bigger(bigger(bigger(best[0], best[1]), bigger(best[2], best[3])), before);
       if (summed) {
-        const auto risen = top > before + kSlack;
+        const auto risen = (top - before) * factor > kSlack;
         bool any = false;
         for (int i = 0; i < kVec; ++i) any |= risen[i] != 0;
         if (!any) continue;
-        const Floats shrink = exp2(before - top);
+        const Floats shrink = exp2((before - top) * factor);
         store(sum_ + c, load(sum_ + c) * shrink);
         for (int64_t d = 0; d < l.rows; ++d) store(sparse_ + d * kLanes + c, load(sparse_ + d * kLanes + c) * shrink);
       }
@@ -179,27 +183,36 @@ class QueryBlock {
     }
   }
 
-  // Scores of strip s of the chunk -> P as B tiles, and its sums.
+  // Scores of strip s of the chunk -> P as B tiles, and its sums. A product less a rounded maximum is one instruction, but
+  // off by half a unit of that maximum: from 2^31 on by 2^7, for which exp2 has no range.
   void soften(int64_t s, int64_t n, int64_t width, float factor) {
     for (int64_t c = 0; c < width; c += kVec) {
-      const float* from = scores_ + s * kStrip * kRow + c;
-      uint16_t* to = p_ + s * P * kStep + c / kVec * tile::kWords;
-      const Floats top = load(top_ + c);
-      Floats even{}, odd{};
-      int64_t r = 0;
-      for (; r + 2 <= n; r += 2) {
-        const Floats a = power(load(from + r * kRow) * factor - top);
-        const Floats b = power(load(from + (r + 1) * kRow) * factor - top);
-        even += a, odd += b;
-        store_pair<P>(to + r * 16, kStep, a, b);
-      }
-      for (; r < kStrip; r += 2) {
-        const Floats a = r < n ? power(load(from + r * kRow) * factor - top) : Floats{};
-        even += a;
-        store_pair<P>(to + r * 16, kStep, a, Floats{});
-      }
-      store(sum_ + c, load(sum_ + c) + (even + odd));
+      const Floats top = load(top_ + c), base = top * factor;
+      if (_mm512_cmp_ps_mask(_mm512_abs_ps(base), splat(kLarge), _CMP_GT_OQ) == 0)
+        soften_column(s, n, c, [=](Floats score) { return score * factor - base; });
+      else
+        soften_column(s, n, c, [=](Floats score) { return (score - top) * factor; });
     }
+  }
+
+  template <class Exponent>
+  __attribute__((always_inline)) inline void soften_column(int64_t s, int64_t n, int64_t c, Exponent exponent) {
+    const float* from = scores_ + s * kStrip * kRow + c;
+    uint16_t* to = p_ + s * P * kStep + c / kVec * tile::kWords;
+    Floats even{}, odd{};
+    int64_t r = 0;
+    for (; r + 2 <= n; r += 2) {
+      const Floats a = power(exponent(load(from + r * kRow)));
+      const Floats b = power(exponent(load(from + (r + 1) * kRow)));
+      even += a, odd += b;
+      store_pair<P>(to + r * 16, kStep, a, b);
+    }
+    for (; r < kStrip; r += 2) {
+      const Floats a = r < n ? power(exponent(load(from + r * kRow))) : Floats{};
+      even += a;
+      store_pair<P>(to + r * 16, kStep, a, Floats{});
+    }
+    store(sum_ + c, load(sum_ + c) + (even + odd));
   }
 
   // H^T of the block as A tiles [sides, steps].

@@ -1,10 +1,10 @@
-// Block routing: one read of Q and K for the block means, then per row of blocks a partial selection that sorts nothing.
-// Means and scores are float64, so that a near tie falls as it does in the reference.
+// Block routing in one read of Q and K. First the means of the key blocks, laid out for a matrix product; then, a few
+// rows of blocks at a time, the means of the query blocks, their scores and a selection that sorts nothing. Means and
+// scores are float64, so that a near tie falls as it does in the reference.
 #include <algorithm>
-#include <cmath>
-#include <functional>
 #include <limits>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -14,6 +14,8 @@
 #include "check.h"
 #include "cpu/level.h"
 #include "cpu/simd.h"
+#include "cpu/sla_route_means.h"
+#include "cpu/sla_route_select.h"
 
 namespace triskele::TRISKELE_LEVEL {
 namespace {
@@ -23,63 +25,77 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr const char* kOp = "sla_route";
-constexpr int64_t kAhead = 48;        // rows between what is read and what is fetched
+// Scores are made by tiles of kTall rows by 2 registers; what they read of K lies in panels of one register's columns.
+#if defined(__AVX512F__)
+constexpr int kTall = 8;
+#else
+constexpr int kTall = 4;
+#endif
+constexpr int64_t kRowsTask = 8;  // rows of blocks a task takes: K's panels are read once for all
 
-double widen(float x) { return x; }
-double widen(double x) { return x; }
-double widen(uint16_t x) { return from_bfloat16(x); }
-
-// sum += the visible ones of `count` rows, `Columns` of them: their sums stay in registers meanwhile.
-template <class T, int Columns>
-void add_rows(const T* rows, int64_t stride, int64_t count, const bool* mask, double* sum) {
-  double total[Columns];
-  std::copy_n(sum, Columns, total);
-  for (int64_t r = 0; r < count; ++r, rows += stride) {
-    __builtin_prefetch(rows + kAhead * stride), __builtin_prefetch(rows + kAhead * stride + Columns - 1);
-    if (mask != nullptr && !mask[r]) continue;
-#pragma GCC unroll 64
-    for (int d = 0; d < Columns; ++d) total[d] += widen(rows[d]);
-  }
-  std::copy_n(total, Columns, sum);
-}
-
-// Mean of the visible rows of every block of x [B, H, L, D] -> means [B, H, blocks, D]; zero where there is none.
+// x [B, H, L, D] and its blocks.
 template <class T>
-void block_means(const Tensor& x, const T* data, int64_t block, const bool* mask, double* means) {
-  const int64_t heads = x.size(1), length = x.size(2), dim = x.size(3), blocks = (length + block - 1) / block;
-  const int64_t s0 = x.stride(0), s1 = x.stride(1), s2 = x.stride(2), s3 = x.stride(3);
-  torch::stable::parallel_for(0, x.size(0) * heads * blocks, 1, [&](int64_t begin, int64_t end) {
+struct Blocks {
+  const T* data;
+  int64_t heads, length, dim, block, s0, s1, s2, s3;
+
+  Blocks(const Tensor& x, int64_t block)
+      : data(static_cast<const T*>(x.const_data_ptr())), heads(x.size(1)), length(x.size(2)), dim(x.size(3)),
+        block(block), s0(x.stride(0)), s1(x.stride(1)), s2(x.stride(2)), s3(x.stride(3)) {}
+  int64_t count() const { return (length + block - 1) / block; }
+  // Mean [dim] of the visible rows of block j of head `head` of all B H.
+  void mean(int64_t head, int64_t j, const bool* mask, double* out) const {
+    const int64_t b = head / heads, first = j * block;
+    mean_of(data + b * s0 + head % heads * s1 + first * s2, s2, s3, std::min(block, length - first), dim,
+            mask == nullptr ? nullptr : mask + b * length + first, out);
+  }
+};
+
+// The means of the key blocks, [B H, panels, D, kWide]: column j of a head is lane j % kWide of panel j / kWide. An
+// even number of panels, zero where there is no block.
+struct Panels {
+  int64_t count, dim;
+  double* data;
+  double* at(int64_t head, int64_t panel) const { return data + (head * count + panel) * dim * kWide; }
+};
+
+template <class T>
+void pack_means(const Blocks<T>& k, int64_t all_heads, const bool* mask, const Panels& panels) {
+  const int64_t blocks = k.count();
+  torch::stable::parallel_for(0, all_heads * panels.count, 1, [&](int64_t begin, int64_t end) {
+    std::vector<double> mean(k.dim);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t j = task % blocks, h = task / blocks % heads, b = task / blocks / heads;
-      const int64_t first = j * block, rows = std::min(block, length - first);
-      const T* source = data + b * s0 + h * s1 + first * s2;
-      const bool* shown = mask == nullptr ? nullptr : mask + b * length + first;
-      double* mean = means + task * dim;
-      std::fill(mean, mean + dim, 0.0);
-      int64_t count = rows;
-      if (shown != nullptr) count = std::count(shown, shown + rows, true);
-      int64_t d = 0;
-      for (; s3 == 1 && d + 4 * kVec <= dim; d += 4 * kVec)
-        add_rows<T, 4 * kVec>(source + d, s2, rows, shown, mean + d);
-      for (; s3 == 1 && d + kVec <= dim; d += kVec) add_rows<T, kVec>(source + d, s2, rows, shown, mean + d);
-      for (; d < dim; ++d) {
-        double sum = 0.0;
-        for (int64_t t = 0; t < rows; ++t)
-          if (shown == nullptr || shown[t]) sum += widen(source[t * s2 + d * s3]);
-        mean[d] = sum;
+      double* panel = panels.at(0, task);
+      for (int64_t lane = 0; lane < kWide; ++lane) {
+        const int64_t j = task % panels.count * kWide + lane;
+        if (j < blocks) k.mean(task / panels.count, j, mask, mean.data());
+        for (int64_t d = 0; d < k.dim; ++d) panel[d * kWide + lane] = j < blocks ? mean[d] : 0.0;
       }
-      for (int64_t i = 0; i < dim && count > 0; ++i) mean[i] /= count;
     }
   });
 }
 
-void means_of(const Tensor& x, int64_t block, const bool* mask, double* means) {
-  if (x.scalar_type() == ScalarType::Float)
-    block_means(x, x.const_data_ptr<float>(), block, mask, means);
-  else if (x.scalar_type() == ScalarType::Double)
-    block_means(x, x.const_data_ptr<double>(), block, mask, means);
-  else
-    block_means(x, static_cast<const uint16_t*>(x.const_data_ptr()), block, mask, means);
+// scores [kTall, 2 kWide] = rows [kTall, dim] @ two panels, made finite: what is not a number ranks last of what is
+// seen.
+void score_tile(const double* rows, const double* left, const double* right, int64_t dim, double* scores,
+                int64_t stride) {
+  Doubles sum[kTall][2] = {};
+  for (int64_t d = 0; d < dim; ++d) {
+    const Doubles a = load_doubles(left + d * kWide), b = load_doubles(right + d * kWide);
+    for (int r = 0; r < kTall; ++r) {
+      const Doubles factor = rows[r * dim + d] - Doubles{};
+      sum[r][0] += factor * a;
+      sum[r][1] += factor * b;
+    }
+  }
+  constexpr double kMost = std::numeric_limits<double>::max();
+  const Doubles most = kMost - Doubles{}, least = -kMost - Doubles{};
+  for (int r = 0; r < kTall; ++r)
+    for (int half = 0; half < 2; ++half) {
+      Doubles x = sum[r][half];
+      x = x > least ? x : least;
+      store_doubles(scores + r * stride + half * kWide, x < most ? x : most);
+    }
 }
 
 // Which blocks of each batch hold a token that `flags` [B or 1, Lk] marks -> [B, blocks].
@@ -92,30 +108,57 @@ std::vector<uint8_t> blocks_with(const Tensor& flags, int64_t batch, int64_t len
   return found;
 }
 
-// Marks the `count` largest scores that somebody sees; of equal ones the first. `ranked`: scratch.
-void mark_first(const std::vector<double>& scores, int64_t count, std::vector<double>& ranked, const uint8_t* seen,
-                int8_t* out) {
-  const int64_t size = static_cast<int64_t>(scores.size());
-  ranked = scores;
-  std::nth_element(ranked.begin(), ranked.begin() + (count - 1), ranked.end(), std::greater<>());
-  const double least = ranked[count - 1];
-  int64_t equal = count;  // places that those above leave to those equal to the least
-  for (int64_t j = 0; j < size; ++j) equal -= scores[j] > least;
-  for (int64_t j = 0; j < size; ++j) {
-    const bool taken = scores[j] > least || (scores[j] == least && equal-- > 0);
-    if (taken && seen[j]) out[j] = 1;
+// What a row of the map is made of.
+struct Choice {
+  int64_t keep, drop;
+  std::vector<uint8_t> seen, kept;  // [B, Nk]; empty: all are seen, none is kept
+};
+
+// Rows [begin, end) of blocks of one head, kRowsTask of them or fewer.
+template <class T>
+void route_rows(const Blocks<T>& q, const Panels& panels, const Choice& choice, int64_t head, int64_t begin,
+                int64_t end, int64_t nk, double* scratch, int8_t* map) {
+  const int64_t dim = q.dim, width = panels.count * kWide;
+  double *means = scratch, *scores = means + kRowsTask * dim, *ranked = scores + kRowsTask * width;
+  std::fill(means, means + kRowsTask * dim, 0.0);
+  for (int64_t i = begin; i < end; ++i) q.mean(head, i, nullptr, means + (i - begin) * dim);
+  for (int64_t r = 0; r < end - begin; r += kTall)
+    for (int64_t p = 0; p < panels.count; p += 2)
+      score_tile(means + r * dim, panels.at(head, p), panels.at(head, p + 1), dim, scores + r * width + p * kWide,
+                 width);
+  const int64_t b = head / q.heads;
+  const uint8_t* seen = choice.seen.empty() ? nullptr : choice.seen.data() + b * nk;
+  const uint8_t* kept = choice.kept.empty() ? nullptr : choice.kept.data() + b * nk;
+  const int64_t visible = seen == nullptr ? nk : std::count(seen, seen + nk, 1);
+  const int64_t keep = std::min(choice.keep, visible);
+  for (int64_t i = begin; i < end; ++i, scores += width) {
+    int8_t* out = map + i * nk;
+    for (int64_t j = 0; seen != nullptr && j < nk; ++j)
+      if (!seen[j]) scores[j] = -std::numeric_limits<double>::infinity();
+    std::fill(out, out + nk, int8_t{0});
+    if (choice.drop > 0) mark_last(scores, nk, choice.drop, {ranked, ranked + nk}, out);
+    if (keep > 0) mark_first(scores, nk, keep, {ranked, ranked + nk}, out);
+    for (int64_t j = 0; kept != nullptr && j < nk; ++j)
+      if (kept[j] && (seen == nullptr || seen[j])) out[j] = 1;
   }
 }
 
-// Marks the `count` smallest scores; of equal ones the last.
-void mark_last(const std::vector<double>& scores, int64_t count, std::vector<double>& ranked, int8_t* out) {
-  ranked = scores;
-  std::nth_element(ranked.begin(), ranked.begin() + (count - 1), ranked.end());
-  const double most = ranked[count - 1];
-  int64_t equal = count;
-  for (const double score : scores) equal -= score < most;
-  for (int64_t j = static_cast<int64_t>(scores.size()) - 1; j >= 0; --j)
-    if (scores[j] < most || (scores[j] == most && equal-- > 0)) out[j] = -1;
+template <class T>
+void route(const Blocks<T>& q, const Blocks<T>& k, int64_t batch, const bool* mask, const Choice& choice,
+           int8_t* map) {
+  const int64_t nq = q.count(), nk = k.count(), dim = q.dim, all_heads = batch * q.heads;
+  const int64_t count = (nk + 2 * kWide - 1) / (2 * kWide) * 2, tasks = (nq + kRowsTask - 1) / kRowsTask;
+  const Scratch means(2 * all_heads * count * dim * kWide);  // of floats
+  const Panels panels{count, dim, reinterpret_cast<double*>(static_cast<float*>(means))};
+  pack_means(k, all_heads, mask, panels);
+  torch::stable::parallel_for(0, all_heads * tasks, 1, [&](int64_t begin, int64_t end) {
+    std::vector<double> scratch(kRowsTask * (dim + count * kWide) + 2 * nk);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t head = task / tasks, first = task % tasks * kRowsTask;
+      route_rows(q, panels, choice, head, first, std::min(nq, first + kRowsTask), nk, scratch.data(),
+                 map + head * nq * nk);
+    }
+  });
 }
 
 Tensor sla_route(Tensor q, Tensor k, int64_t n_keep, int64_t n_drop, int64_t block_q, int64_t block_k,
@@ -142,48 +185,18 @@ Tensor sla_route(Tensor q, Tensor k, int64_t n_keep, int64_t n_drop, int64_t blo
     check_that(keep_keys->size(0) == 1 || keep_keys->size(0) == batch, kOp, "keep_keys for one or every batch");
   }
   const int64_t nq = (q.size(2) + block_q - 1) / block_q, nk = (keys + block_k - 1) / block_k;
-  const std::vector<uint8_t> seen = key_mask ? blocks_with(*key_mask, batch, keys, block_k)
-                                             : std::vector<uint8_t>(batch * nk, 1);
-  const std::vector<uint8_t> kept = keep_keys ? blocks_with(*keep_keys, batch, keys, block_k)
-                                              : std::vector<uint8_t>(batch * nk, 0);
-  std::vector<double> q_means(batch * heads * nq * dim), k_means(batch * heads * nk * dim);
-  means_of(q, block_q, nullptr, q_means.data());
-  means_of(k, block_k, key_mask ? key_mask->const_data_ptr<bool>() : nullptr, k_means.data());
-
-  std::vector<double> columns(k_means.size());  // [B, H, D, Nk]: scores of a row are then sums of vectors
-  for (int64_t i = 0; i < batch * heads; ++i)
-    for (int64_t j = 0; j < nk; ++j)
-      for (int64_t d = 0; d < dim; ++d) columns[(i * dim + d) * nk + j] = k_means[(i * nk + j) * dim + d];
-
+  Choice choice{std::clamp<int64_t>(n_keep, 0, nk), std::clamp<int64_t>(n_drop, 0, nk), {}, {}};
+  if (key_mask) choice.seen = blocks_with(*key_mask, batch, keys, block_k);
+  if (keep_keys) choice.kept = blocks_with(*keep_keys, batch, keys, block_k);
   Tensor map = torch::stable::new_empty(q, {batch, heads, nq, nk}, ScalarType::Char);
-  int8_t* kinds = map.mutable_data_ptr<int8_t>();
-  const int64_t keep = std::clamp<int64_t>(n_keep, 0, nk), drop = std::clamp<int64_t>(n_drop, 0, nk);
-  torch::stable::parallel_for(0, batch * heads * nq, 4, [&](int64_t begin, int64_t end) {
-    std::vector<double> scores(nk);
-    std::vector<double> ranked(nk);
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t b = row / nq / heads;
-      const double *mean_q = q_means.data() + row * dim, *mean_k = columns.data() + row / nq * nk * dim;
-      std::fill(scores.begin(), scores.end(), 0.0);
-      for (int64_t d = 0; d < dim; ++d) {
-        const double factor = mean_q[d], *column = mean_k + d * nk;
-#pragma omp simd
-        for (int64_t j = 0; j < nk; ++j) scores[j] += factor * column[j];
-      }
-      for (int64_t j = 0; j < nk; ++j) {
-        const double dot = scores[j];
-        scores[j] = !seen[b * nk + j] ? -std::numeric_limits<double>::infinity()
-                    : std::isfinite(dot) ? dot  // what is not a number ranks just above what nobody sees
-                    : dot > 0.0 ? std::numeric_limits<double>::max() : std::numeric_limits<double>::lowest();
-      }
-      int8_t* out = kinds + row * nk;
-      std::fill(out, out + nk, int8_t{0});
-      if (drop > 0) mark_last(scores, drop, ranked, out);
-      if (keep > 0) mark_first(scores, keep, ranked, seen.data() + b * nk, out);
-      for (int64_t j = 0; j < nk; ++j)
-        if (kept[b * nk + j] && seen[b * nk + j]) out[j] = 1;
-    }
-  });
+  const auto run = [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    route(Blocks<T>(q, block_q), Blocks<T>(k, block_k), batch, key_mask ? key_mask->const_data_ptr<bool>() : nullptr,
+          choice, map.mutable_data_ptr<int8_t>());
+  };
+  if (dtype == ScalarType::Float) run((float*)nullptr);
+  else if (dtype == ScalarType::Double) run((double*)nullptr);
+  else run((uint16_t*)nullptr);
   return map;
 }
 

@@ -1,7 +1,8 @@
 // The 4-bit linear with int8 activations (W4A8), in two kernels:
 //
 //   svdq_quantize   z = (x + shift) / smooth, one scale a token, int8 codes; and x lora_down^T from the same rows
-//   svdq_gemm       y = scale_m * sum_g wscale[n, g] * (sum over group g of code * a)  +  down lora_up^T  +  bias
+//   svdq_gemm       y = scale_m * sum_g wscale[n, g] * (sum over group g of code * a)  +  down lora_up^T  +  bias,
+//                   or GELU of that, taken in float32 before y is rounded to its dtype
 //
 // Integer sums are exact: unsigned bytes (weight code + offset, at most 24) times signed bytes (at most 127), so that
 // neither vpdpbusd nor vpmaddubsw can saturate; the offset is taken back with the group's sum of activation codes.
@@ -19,6 +20,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include <torch/csrc/stable/library.h>
@@ -205,7 +208,7 @@ bool has_avx_vnni() {  // GCC 12's __builtin_cpu_supports does not know it
 #endif
 
 Tensor svdq_gemm(Tensor codes, Tensor token_scales, Tensor sums, Tensor down, Tensor qweight, Tensor wscales,
-                 Tensor lora_up, std::optional<Tensor> bias, bool e2m1, bool narrow) {
+                 Tensor lora_up, std::optional<Tensor> bias, bool e2m1, bool narrow, int64_t epilogue) {
   constexpr const char* op = "svdq_gemm";
   check_dim(op, "codes", codes, 2);
   check_dim(op, "token_scales", token_scales, 1);
@@ -216,7 +219,8 @@ Tensor svdq_gemm(Tensor codes, Tensor token_scales, Tensor sums, Tensor down, Te
   check_dim(op, "lora_up", lora_up, 2);
   Gemm p{};
   p.m = codes.size(0), p.padded = codes.size(1), p.n = qweight.size(0);
-  p.groups = wscales.size(1), p.rank = down.size(1), p.e2m1 = e2m1, p.narrow = narrow;
+  p.groups = wscales.size(1), p.rank = down.size(1), p.e2m1 = e2m1, p.narrow = narrow, p.epilogue = epilogue;
+  check_that(kNone <= epilogue && epilogue <= kGeluTanh, op, "epilogue to be 0 (none), 1 (gelu) or 2 (gelu_tanh)");
   check_that(p.groups > 0 && p.padded % p.groups == 0 && p.padded / p.groups % 16 == 0, op,
              "codes' columns to be groups of a multiple of 16");
   p.group = p.padded / p.groups;
@@ -254,10 +258,11 @@ Tensor svdq_gemm(Tensor codes, Tensor token_scales, Tensor sums, Tensor down, Te
 #if defined(__AMX_INT8__)
   std::vector<uint8_t> done;
   if (planes_pay(p)) {
+    p.stream = streams(p);
     FixedScales scales = fix_all_scales(p);
     if (p.m < kFewTokens) multiply_few(p, scales);
     else multiply_by_planes(p, scales);
-    done = std::move(scales.exact);
+    done = std::move(scales.ways);
     if (std::find(done.begin(), done.end(), 0) == done.end()) return out;
     p.done = done.data();
   }

@@ -32,6 +32,12 @@ inline Vector load(const T* p) {
 
 inline Floats broadcast(float value) { return value - Floats{}; }  // x - 0 is x, also for -0: no addition is left
 
+}  // namespace triskele::TRISKELE_LEVEL::svdq
+
+#include "cpu/svdq_gelu.h"
+
+namespace triskele::TRISKELE_LEVEL::svdq {
+
 struct Free {
   void operator()(void* p) const { std::free(p); }
 };
@@ -58,6 +64,8 @@ struct Gemm {
   const float* bias;        // [N] or null
   void* out;                // [M, N]
   bool e2m1, narrow;        // values of the codes; bfloat16 output
+  bool stream;              // svdq_finish.h: the output goes past the caches
+  int64_t epilogue;         // svdq_gelu.h
   const uint8_t* done;      // granules of 256 channels that svdq_planes.h has multiplied, or null
 
   bool is_done(int64_t channel) const { return done != nullptr && done[channel / kGranule] != 0; }
@@ -200,7 +208,7 @@ inline void store(const Gemm& p, int64_t row, int64_t column, const Floats& valu
   }
 }
 
-// From the scaled sums y [Rows, 16] to the output: the token's scale, the bias, the low-rank branch.
+// From the scaled sums y [Rows, 16] to the output: the token's scale, the bias, the low-rank branch, the epilogue.
 template <int Rows>
 inline void finish(const Gemm& p, const Panel& panel, int64_t block, int64_t row, int64_t first, Floats (&y)[Rows]) {
   const Floats bias = load<Floats>(panel.bias.get() + block * kLanes);
@@ -214,7 +222,7 @@ inline void finish(const Gemm& p, const Panel& panel, int64_t block, int64_t row
     for (int m = 0; m < Rows; ++m) y[m] += broadcast(down[m * p.rank + r]) * column;
   }
 #pragma GCC unroll 16
-  for (int m = 0; m < Rows; ++m) store(p, row + m, first + block * kLanes, y[m]);
+  for (int m = 0; m < Rows; ++m) store(p, row + m, first + block * kLanes, activated(p.epilogue, y[m]));
 }
 
 }  // namespace triskele::TRISKELE_LEVEL::svdq

@@ -58,16 +58,17 @@ inline void pack_tokens(const Gemm& p, int64_t row, int64_t rows, Tokens& to) {
   }
 }
 
-// What follows the sums, of one block of channels: 2^e, the bias, lora_up as B tiles of three planes.
+// What follows the sums, of one block of channels: 2^e, t, the bias, lora_up as B tiles of three planes.
 struct Finish {
   explicit Finish(const Gemm& p) : up(buffer<uint16_t>(3 * rank_steps(p) * tile::kWords)) {}
-  Floats unit{}, bias{};
+  Floats unit{}, divisor{}, bias{};
   Buffer<uint16_t> up;       // [3, ranks / 32, 16, 32]
   bool up_is_exact = false;  // its first plane is all of it
 };
 
-inline void prepare_finish(const Gemm& p, int64_t first, const Floats& unit, Finish& to) {
-  to.unit = unit;
+inline void prepare_finish(const Gemm& p, int64_t first, const FixedScales& scales, Finish& to) {
+  to.unit = scales.units[first / kLanes];
+  if (scales.ways[first / kGranule] == kBytes) to.divisor = scales.divisors[first / kLanes];
   const int64_t steps = rank_steps(p);
   alignas(64) float lines[tile::kDepth * kLanes];
   const uint8_t* rows[kLanes];
@@ -116,19 +117,67 @@ inline void multiply_up(const Finish& with, const uint16_t* down, int64_t steps,
   if constexpr (Tiles == 2) TRISKELE_TILE_STORE(1, lowrank + kSumWords, 64);
 }
 
-// `Tiles` tiles of tokens, from t on, from their sums [Tiles, 2, 16, 16] to the output. lowrank [Tiles, 16, 16].
+// Whether the output goes past the caches: it is too large to stay in L2, and has whole lines. Its rows lie so far
+// apart that lines written half at a time come and go in between.
+inline bool streams(const Gemm& p) {
+  const int64_t size = p.narrow ? 2 : 4;
+  return p.m >= kFewTokens && p.m * p.n * size >= kStreamBytes && p.n * size % 64 == 0 &&
+         reinterpret_cast<uintptr_t>(p.out) % 64 == 0;
+}
+
+// One token's 16 channels from their sum in float, before 2^e, to the output. Of bfloat16 they are half a line: the
+// first one waits in `half` [16] for the next block of channels.
+inline void finish_sum(const Gemm& p, int64_t row, int64_t first, const Finish& with, const Floats& sum,
+                       const float* lowrank, uint16_t* half) {
+  const Floats scaled = sum * with.unit * broadcast(p.token_scales[row]) + with.bias;
+  const Floats y = activated(p.epilogue, scaled + load<Floats>(lowrank));
+  if (!p.stream) {
+    store(p, row, first, y);
+  } else if (!p.narrow) {
+    _mm512_stream_ps(static_cast<float*>(p.out) + row * p.n + first, (__m512)y);
+  } else if (const __m256i mine = (__m256i)_mm512_maskz_cvtneps_pbh(0xffff, (__m512)y); first % (2 * kLanes) == 0) {
+    std::memcpy(half, &mine, sizeof(mine));
+  } else {
+    __m512i line{};
+    std::memcpy(&line, half, sizeof(mine));
+    line = _mm512_maskz_inserti64x4(0xff, line, mine, 1);
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(static_cast<uint16_t*>(p.out) + row * p.n + first - kLanes), line);
+  }
+}
+
+// `Tiles` tiles of tokens, from t on, from their sums [Tiles, 2 planes, 16, 16] to the output. lowrank [Tiles, 16, 16];
+// halves [tokens of the block, 16].
 template <int Tiles>
 inline void finish_planes(const Gemm& p, const Tokens& tokens, int64_t t, const int32_t* sums, const Finish& with,
-                          int64_t first, const float* lowrank) {
+                          int64_t first, const float* lowrank, uint16_t* halves) {
   const int64_t row = tokens.row + t * kSideRows, rows = std::min(Tiles * kSideRows, tokens.rows - t * kSideRows);
   for (int64_t m = 0; m < rows; ++m) {
     const int32_t* at = sums + m / kSideRows * 2 * kSumWords + m % kSideRows * kLanes;
     const Ints bottom = load<Ints>(at + kSumWords);  // any pair of the same 256 high + low gives the same two floats
     const Floats high = __builtin_convertvector(load<Ints>(at) + (bottom >> 8), Floats);
     const Floats low = __builtin_convertvector(bottom & 255, Floats);
-    const Floats y = (high * 256.0f + low) * with.unit * broadcast(p.token_scales[row + m]) + with.bias;
-    store(p, row + m, first, y + load<Floats>(lowrank + m * kLanes));
+    finish_sum(p, row + m, first, with, high * 256.0f + low, lowrank + m * kLanes,
+               halves + (t * kSideRows + m) * kLanes);
   }
+}
+
+// The same of two blocks of channels, or one, with one plane each: sums [Tiles, 2 blocks, 16, 16], lowrank
+// [2, Tiles, 16, 16]. t * sum is rounded once, so the two planes of the same weight give the same bits.
+template <int Tiles>
+inline void finish_bytes(const Gemm& p, const Tokens& tokens, int64_t t, const int32_t* sums, const Finish* with,
+                         int64_t first, const float* lowrank, uint16_t* halves) {
+  const int64_t row = tokens.row + t * kSideRows, rows = std::min(Tiles * kSideRows, tokens.rows - t * kSideRows);
+  const int64_t blocks = first + kLanes < p.n ? 2 : 1;
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t b = 0; b < blocks; ++b) {
+      const Ints whole = load<Ints>(sums + (m / kSideRows * 2 + b) * kSumWords + m % kSideRows * kLanes);
+      const Floats high = __builtin_convertvector(whole >> 8, Floats);
+      const Floats low = __builtin_convertvector(whole & 255, Floats);
+      const Floats sum = (Floats)_mm512_maskz_fmadd_ps(0xffff, (__m512)high, (__m512)(256.0f * with[b].divisor),
+                                                       (__m512)(low * with[b].divisor));
+      finish_sum(p, row + m, first + b * kLanes, with[b], sum, lowrank + (b * Tiles * kSideRows + m) * kLanes,
+                 halves + (t * kSideRows + m) * kLanes);
+    }
 }
 
 }  // namespace triskele::TRISKELE_LEVEL::svdq

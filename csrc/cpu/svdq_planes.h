@@ -10,8 +10,12 @@
 // loop: scaling each group's sums in float32 costs more than multiplying them (svdq_amx.h). Few tokens do not pay for
 // the second plane: there the vectors add q times a group's sum, which is the same integer.
 //
-// Whether a granule of channels qualifies depends on its scales alone, never on M: a token's result does not depend on
-// its batch. The other granules take the float sums of svdq_amx.h and svdq.cpp.
+// Where the q of each channel of a granule are small multiples of one number t, up to 18 as `scales="integer"` makes
+// them, code * q / t fits one signed byte: two blocks of channels then stand where one block's two planes did, and
+// y = t L 2^e. t L is rounded to float once, as 256 H + L is: the same bits at half the products.
+//
+// Whether a granule of channels qualifies depends on its scales and codes alone, and few tokens give the bits of many: a
+// token's result does not depend on its batch. The other granules take the float sums of svdq_amx.h and svdq.cpp.
 //
 //   block of tokens    256, their codes packed into tiles
 //   chunk of channels  up to 256: where K is longer than a segment, their int32 sums wait in memory
@@ -32,7 +36,8 @@ namespace triskele::TRISKELE_LEVEL::svdq {
 
 // ---- products --------------------------------------------------------------------------------------------------
 
-// sums [Tiles, 2 planes, 16, 16] (+)= codes planes over `count` tiles of K. codes [count, Tiles, 16, 64].
+// sums [Tiles, 2 planes, 16, 16] (+)= codes planes over `count` tiles of K. codes [count, Tiles, 16, 64]. The planes
+// are the high and the low bytes of one block of channels, or those of two blocks that need one each.
 template <int Tiles>
 inline void multiply_planes(const int8_t* codes, const uint32_t* planes, int64_t count, bool start, int32_t* sums) {
   if (start) {
@@ -69,53 +74,69 @@ inline void multiply_planes(const int8_t* codes, const uint32_t* planes, int64_t
 // Scratch of a thread.
 struct PlaneScratch {
   PlaneScratch(const Gemm& p, int64_t rows, int64_t kept)
-      : tokens(p, rows, true), finish(p), planes(buffer<uint32_t>(whole_groups(p, kStretch) * 2 * kSumWords)),
-        sums(buffer<int32_t>(kept * rows / kSideRows * 2 * kSumWords)), lowrank(buffer<float>(2 * kSumWords)) {
-    std::fill(lowrank.get(), lowrank.get() + 2 * kSumWords, 0.f);  // stays, without a rank
+      : tokens(p, rows, true), finish{Finish(p), Finish(p)},
+        planes(buffer<uint32_t>(whole_groups(p, kStretch) * 2 * kSumWords)),
+        sums(buffer<int32_t>(kept * rows / kSideRows * 2 * kSumWords)), lowrank(buffer<float>(4 * kSumWords)),
+        halves(buffer<uint16_t>(rows * kLanes)) {
+    std::fill(lowrank.get(), lowrank.get() + 4 * kSumWords, 0.f);  // stays, without a rank
+    std::fill(planes.get(), planes.get() + whole_groups(p, kStretch) * 2 * kSumWords, 0);  // a block without a partner
   }
   Tokens tokens;
-  Finish finish;
+  Finish finish[2];
   Buffer<uint32_t> planes;  // of a stretch
   Buffer<int32_t> sums;     // [blocks of the chunk, tiles, 2, 16, 16]; one block where K is one segment
-  Buffer<float> lowrank;    // [2, 16, 16]
+  Buffer<float> lowrank;    // [2 blocks, 2 tiles, 16, 16]
+  Buffer<uint16_t> halves;  // [tokens, 16] of an output that is streamed
 };
 
 // Tiles [from, to) of K for `Tiles` tiles of tokens from t on. The low-rank branch goes first: what it waits for passes
 // under the long product.
-template <int Tiles>
+template <int Tiles, bool Bytes>
 inline void multiply_pair(const Gemm& p, PlaneScratch& scratch, int64_t t, int64_t from, int64_t to, int32_t* sums,
                           bool final, int64_t channel) {
   const Tokens& tokens = scratch.tokens;
   const int64_t columns = p.padded / kTileColumns, steps = rank_steps(p);
-  if (final && p.rank > 0)
-    multiply_up<Tiles>(scratch.finish, tokens.down.get() + t * 3 * steps * tile::kWords, steps, scratch.lowrank.get());
+  for (int b = 0; b < (Bytes ? 2 : 1) && final && p.rank > 0; ++b)
+    multiply_up<Tiles>(scratch.finish[b], tokens.down.get() + t * 3 * steps * tile::kWords, steps,
+                       scratch.lowrank.get() + b * Tiles * kSumWords);
   multiply_planes<Tiles>(tokens.codes.get() + (t * columns + Tiles * from) * kCodeBytes, scratch.planes.get(), to - from,
                          from == 0, sums);
-  if (final) finish_planes<Tiles>(p, tokens, t, sums, scratch.finish, channel, scratch.lowrank.get());
+  if (!final) return;
+  const float* lowrank = scratch.lowrank.get();
+  uint16_t* halves = scratch.halves.get();
+  if constexpr (Bytes) finish_bytes<Tiles>(p, tokens, t, sums, scratch.finish, channel, lowrank, halves);
+  else finish_planes<Tiles>(p, tokens, t, sums, scratch.finish[0], channel, lowrank, halves);
 }
 
 // Channels [first, last) for the block of tokens in `scratch`.
-inline void multiply_chunk(const Gemm& p, const FixedScales& scales, PlaneScratch& scratch, int64_t first, int64_t last) {
+template <bool Bytes>
+inline void multiply_chunk(const Gemm& p, const FixedScales& scales, PlaneScratch& scratch, int64_t first,
+                           int64_t last) {
+  constexpr int64_t wide_block = Bytes ? 2 * kLanes : kLanes;  // channels under way
   const Tokens& tokens = scratch.tokens;
   const int64_t columns = p.padded / kTileColumns, tiles = tokens.tiles();
   const int64_t wide = whole_groups(p, kSegment), stretch = whole_groups(p, kStretch);
   for (int64_t segment = 0; segment < columns; segment += wide) {
     const int64_t segment_end = std::min(columns, segment + wide);
-    for (int64_t channel = first; channel < last; channel += kLanes) {
-      const int64_t block = channel / kLanes, kept = columns > wide ? (channel - first) / kLanes : 0;
+    for (int64_t channel = first; channel < last; channel += wide_block) {
+      const int64_t kept = columns > wide ? (channel - first) / wide_block : 0;
       int32_t* sums = scratch.sums.get() + kept * tiles * 2 * kSumWords;
       for (int64_t from = segment; from < segment_end; from += stretch) {
         const int64_t to = std::min(segment_end, from + stretch);
-        fill_planes(p, channel, from, to, scales.quotients.get() + block * p.groups, tiles <= 4, scratch.planes.get());
-        const bool more = to < segment_end, over = channel + kLanes < last;  // what comes next
-        const int64_t next = more ? channel : channel + kLanes, next_from = more ? to : segment;
+        for (int64_t at = channel; at < std::min(last, channel + wide_block); at += kLanes)
+          fill_planes<Bytes>(p, at, from, to, scales.quotients.get() + at / kLanes * p.groups, tiles <= 4,
+                             scratch.planes.get() + (at - channel) / kLanes * kSumWords);
+        const bool more = to < segment_end, over = channel + wide_block < last;  // what comes next
+        const int64_t next = more ? channel : channel + wide_block, next_from = more ? to : segment;
         const int64_t next_to = std::min(segment_end, next_from + stretch);
         const bool final = to == columns;
-        if (final) prepare_finish(p, channel, scales.units[block], scratch.finish);
+        for (int64_t at = channel; at < std::min(last, channel + wide_block) && final; at += kLanes)
+          prepare_finish(p, at, scales, scratch.finish[(at - channel) / kLanes]);
         for (int64_t t = 0; t < tiles; t += 2) {
-          if (tiles > 4 && (more || over)) fetch_weights(p, next, next_from, next_to, t / 2, (tiles + 1) / 2);
-          if (t + 1 < tiles) multiply_pair<2>(p, scratch, t, from, to, sums + t * 2 * kSumWords, final, channel);
-          else multiply_pair<1>(p, scratch, t, from, to, sums + t * 2 * kSumWords, final, channel);
+          if (tiles > 4 && (more || over))
+            fetch_weights(p, next, wide_block, next_from, next_to, t / 2, (tiles + 1) / 2);
+          if (t + 1 < tiles) multiply_pair<2, Bytes>(p, scratch, t, from, to, sums + t * 2 * kSumWords, final, channel);
+          else multiply_pair<1, Bytes>(p, scratch, t, from, to, sums + t * 2 * kSumWords, final, channel);
         }
       }
     }
@@ -127,7 +148,7 @@ inline void multiply_by_planes(const Gemm& p, const FixedScales& scales) {
   const int64_t threads = torch::stable::get_num_threads(), wanted = threads == 1 ? 1 : 4 * threads;
   const int64_t token_blocks = (p.m + kBlockTokens - 1) / kBlockTokens;
   int64_t width = kGranule;  // of a chunk; narrower where there would be too few tasks for the threads
-  while (width > kLanes && token_blocks * ((p.n + width - 1) / width) < wanted) width /= 2;
+  while (width > 2 * kLanes && token_blocks * ((p.n + width - 1) / width) < wanted) width /= 2;
   const int64_t chunks = (p.n + width - 1) / width;
   const int64_t rows = std::min(kBlockTokens, (p.m + kSideRows - 1) / kSideRows * kSideRows);
   const int64_t kept = p.padded / kTileColumns > whole_groups(p, kSegment) ? width / kLanes : 1;
@@ -136,10 +157,13 @@ inline void multiply_by_planes(const Gemm& p, const FixedScales& scales) {
     PlaneScratch scratch(p, rows, kept);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row = task / chunks * kBlockTokens, first = task % chunks * width;
-      if (!scales.exact[first / kGranule]) continue;
+      const uint8_t way = scales.ways[first / kGranule];
+      if (way == kFloats) continue;
       if (scratch.tokens.row != row) pack_tokens(p, row, std::min(kBlockTokens, p.m - row), scratch.tokens);
-      multiply_chunk(p, scales, scratch, first, std::min(p.n, first + width));
+      if (way == kBytes) multiply_chunk<true>(p, scales, scratch, first, std::min(p.n, first + width));
+      else multiply_chunk<false>(p, scales, scratch, first, std::min(p.n, first + width));
     }
+    if (p.stream) _mm_sfence();  // before another thread is told that it is there
   });
 }
 
@@ -193,12 +217,12 @@ inline void multiply_few(const Gemm& p, const FixedScales& scales) {
     const Buffer<float> lowrank = buffer<float>(kSumWords);
     std::fill(lowrank.get(), lowrank.get() + kSumWords, 0.f);
     for (int64_t first = begin * width; first < std::min(p.n, end * width); first += width) {
-      if (!scales.exact[first / kGranule]) continue;
+      if (scales.ways[first / kGranule] == kFloats) continue;
       fill_words<true>(p, first, 0, p.groups, panel);
       for (int64_t channel = first; channel < std::min(p.n, first + width); channel += kLanes) {
         const uint32_t* words = panel.words.get() + (channel - first) * p.padded / 4;
         const Ints* quotients = scales.quotients.get() + channel / kLanes * p.groups;
-        prepare_finish(p, channel, scales.units[channel / kLanes], finish);
+        prepare_finish(p, channel, scales, finish);
         for (int64_t t = 0; t < tokens.tiles(); ++t) {
           const int64_t last = std::min(p.m, (t + 1) * kSideRows);
           for (int64_t row = t * kSideRows; row < last;) {
@@ -210,7 +234,7 @@ inline void multiply_few(const Gemm& p, const FixedScales& scales) {
           }
           if (p.rank > 0)
             multiply_up<1>(finish, tokens.down.get() + t * 3 * rank_steps(p) * tile::kWords, rank_steps(p), lowrank.get());
-          finish_planes<1>(p, tokens, t, sums.get(), finish, channel, lowrank.get());
+          finish_planes<1>(p, tokens, t, sums.get(), finish, channel, lowrank.get(), nullptr);
         }
       }
     }

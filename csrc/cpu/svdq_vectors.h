@@ -9,6 +9,8 @@ constexpr int64_t kPanel = 64;  // output channels unpacked at a time: their byt
 constexpr int kRows = 12;       // tokens of a register tile: 12 integer and 12 float accumulators
 #elif defined(__AVX2__)
 constexpr int kRows = 6;        // 6 and 6 of 8 channels each, and 4 registers more
+#elif defined(__aarch64__)
+constexpr int kRows = 12;       // 12 and 12 of 4 channels each, and 8 registers more
 #else
 constexpr int kRows = 4;
 #endif
@@ -23,6 +25,19 @@ inline Sums dot4(const Sums& before, const Sums& weight, int32_t activation) {
   return (Sums)_mm256_dpbusd_avx_epi32((__m256i)before, (__m256i)weight, a);
 #else
   return before + (Sums)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)weight, a), _mm256_set1_epi16(1));
+#endif
+}
+#elif defined(__aarch64__)
+typedef int32_t Sums __attribute__((vector_size(16)));
+typedef float Scaled __attribute__((vector_size(16)));
+inline Sums dot4(const Sums& before, const Sums& weight, int32_t activation) {
+  const int8x16_t w = (int8x16_t)weight;  // at most 24: a signed byte too
+#if defined(__ARM_FEATURE_DOTPROD)
+  return (Sums)vdotq_lane_s32((int32x4_t)before, w, vcreate_s8(static_cast<uint32_t>(activation)), 0);
+#else
+  const int8x16_t a = vreinterpretq_s8_s32(vdupq_n_s32(activation));
+  const int16x8_t pairs = vpaddq_s16(vmull_s8(vget_low_s8(w), vget_low_s8(a)), vmull_high_s8(w, a));  // at most 6096
+  return (Sums)vpadalq_s16((int32x4_t)before, pairs);
 #endif
 }
 #else
@@ -90,7 +105,7 @@ inline void tiles(const Gemm& p, const Panel& panel, int64_t first, int64_t row,
     for (int64_t block = 0; block < blocks; ++block) {
       switch (rows) {
         case kRows: tile<kRows>(p, panel, block, row, first); break;
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(__aarch64__)
         case 4: tile<4>(p, panel, block, row, first); break;
 #endif
         case 2: tile<2>(p, panel, block, row, first); break;

@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "check.h"
+#include "cpu/widen.h"
 
 namespace triskele::TRISKELE_LEVEL {
 namespace {
@@ -34,6 +35,13 @@ template <class T>
 const T* data(const Tensor& tensor) { return static_cast<const T*>(tensor.const_data_ptr()); }
 
 int64_t grain(int64_t rows) { return 1 + 65536 / (kBlock * (rows + 1)); }  // blocks a thread is worth waking for
+
+// Whether a result [rows, size] goes past the caches. Not where more rounds than stay in registers read it again.
+template <class S>
+bool goes_past(const S* out, int64_t rows, int64_t size, int64_t slots) {
+  const int64_t bytes = size * static_cast<int64_t>(sizeof(S));
+  return slots <= kFused && streams(out, bytes, rows * bytes);
+}
 
 template <class S>
 double dot(const S* p, const S* q, int64_t n) {
@@ -116,6 +124,21 @@ inline Vec<S, N> load(const BF16* p) {
 
 template <class S, int N>
 inline void store(S* p, Vec<S, N> value) { *reinterpret_cast<typename Lanes<S, N>::Memory*>(p) = value; }
+
+// Asks for what the row below needs, where this row is at element i: rows lie pages apart, which no hardware foresees.
+template <class S, class T>
+inline void fetch_below(const T* row, int64_t i, int64_t below) {
+  if (i % (64 / static_cast<int64_t>(sizeof(S))) == 0) __builtin_prefetch(row + i - below);
+}
+
+// Past the caches, where N lanes fill a register.
+template <class S, int N>
+inline void stream(S* p, Vec<S, N> value) {
+  if constexpr (sizeof(value) == sizeof(Floats))
+    TRISKELE_LEVEL::stream(reinterpret_cast<float*>(p), reinterpret_cast<Floats>(value));
+  else
+    store<S, N>(p, value);
+}
 
 template <class S, int N>
 inline Vec<S, N> splat(S value) { return value - Vec<S, N>{}; }

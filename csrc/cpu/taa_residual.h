@@ -27,6 +27,8 @@ struct Residual {
     const S* earlier;             // the part of the sum above the split, null: none
     const S* older[kFused];       // R of past rounds
     S* out;                       // R
+    bool past;                    // out goes past the caches
+    int64_t below;                // elements from the row below to this one, 0: there is none
   };
 
   int64_t window, size, eps_rows, depth, order;
@@ -46,6 +48,9 @@ struct Residual {
     Vec<S, N> total[kSums] = {};
     const Vec<S, N> scale = splat<S, N>(row.scale), reach = splat<S, N>(row.reach);
     for (int64_t i = begin; i < end; i += N) {
+      fetch_below<S>(row.own, i, row.below);
+      for (int64_t k = 0; k < row.count; ++k) fetch_below<S>(row.terms[k].at, i, row.below);
+      for (int q = 0; q < Q; ++q) fetch_below<S>(row.older[q], i, row.below);
       Vec<S, N> r = scale * load<S, N>(row.above + i);
       for (int64_t k = 0; k < row.count; ++k) r += row.terms[k].weight * load<S, N>(row.terms[k].at + i);
       if (row.noise != nullptr) r += row.noise_weight * load<S, N>(row.noise + i);
@@ -54,7 +59,8 @@ struct Residual {
       Vec<S, N> full = r + scale * load<S, N>(row.running + i);
       store<S, N>(row.running + i, full);
       if (row.earlier != nullptr) full += reach * load<S, N>(row.earlier + i);
-      store<S, N>(row.out + i, full);
+      if (row.past) stream<S, N>(row.out + i, full);
+      else store<S, N>(row.out + i, full);
       total[0] += r * r;
       Vec<S, N> difference[Q > 0 ? Q : 1], newer = full;
 #pragma GCC unroll 8
@@ -120,6 +126,7 @@ struct Residual {
     S* differences = previous + (whole ? 0 : order) * kBlock;
     Row row{};
     row.running = running;
+    row.past = goes_past(out, window, size, slots);
     double reach = 1;
     for (int64_t u = 0; u < window; ++u) {
       const int64_t t = window - 1 - u, j = whole ? u : u % order;
@@ -147,6 +154,7 @@ struct Residual {
       row.kept = whole ? nullptr : current + j * kBlock;
       row.earlier = !whole && u >= order && j < order - 1 ? previous + (j + 1) * kBlock : nullptr;
       row.out = out + t * size + at;
+      row.below = t > 0 ? size : 0;
       const int64_t known = past.known(t);
       for (int64_t q = 0; q < std::min<int64_t>(known, kFused); ++q) row.older[q] = past.row(q, t) + at;
       double* own_sums = sums + t * stats();
@@ -190,6 +198,7 @@ struct Residual {
         const int64_t at = i_block * kBlock, n = std::min(kBlock, size - at);
         block(at, n, scratch.data(), terms.data(), partial.data() + i_block * window * width);
       }
+      streamed();
     });
     std::vector<double> sums(width);
     for (int64_t t = 0; t < window; ++t) {

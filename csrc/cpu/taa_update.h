@@ -15,6 +15,8 @@ struct Update {
     const S *older_x[kFused], *older_r[kFused];
     S weight[kFused];
     S* out;
+    bool past;
+    int64_t below;
   };
 
   int64_t window, size, eps_rows, count;
@@ -29,6 +31,9 @@ struct Update {
   template <int Q, int N>
   static void span(const Row& row, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i += N) {
+      fetch_below<S>(row.x, i, row.below), fetch_below<S>(row.r, i, row.below);
+      for (int q = 0; q < Q; ++q)
+        fetch_below<S>(row.older_x[q], i, row.below), fetch_below<S>(row.older_r[q], i, row.below);
       Vec<S, N> newer_x = load<S, N>(row.x + i), newer_r = load<S, N>(row.r + i);
       Vec<S, N> moved = newer_x + newer_r;
 #pragma GCC unroll 8
@@ -38,7 +43,8 @@ struct Update {
         newer_x = older_x;
         newer_r = older_r;
       }
-      store<S, N>(row.out + i, moved);
+      if (row.past) stream<S, N>(row.out + i, moved);
+      else store<S, N>(row.out + i, moved);
     }
   }
 
@@ -57,6 +63,8 @@ struct Update {
     row.x = x + t * size + at;
     row.r = r + t * size + at;
     row.out = out + (count + t) * size + at;
+    row.below = t > 0 ? size : 0;
+    row.past = goes_past(out, count + window, size, slots);
     for (int64_t q = 0; q < std::min<int64_t>(known, kFused); ++q) {
       row.older_x[q] = past_x.row(q, t) + at;
       row.older_r[q] = past_r.row(q, t) + at;
@@ -104,6 +112,7 @@ struct Update {
         for (int64_t t = window - 1; t >= 0; --t) move(t, at, n);
         for (int64_t j = count - 1; j >= 0; --j) enter(j, at, n);
       }
+      streamed();
     });
   }
 };

@@ -75,7 +75,7 @@ __attribute__((always_inline)) inline void store_pair(uint16_t* to, __m512 even,
   }
 }
 
-// P = 2^(scale S - lse) and dS = P (dP - delta) of rows i and i + 1 of a block, i even.
+// P = 2^(scale S - lse), at most 1 however lse was rounded, and dS = P (dP - delta) of rows i and i + 1, i even.
 template <int Planes>
 void weigh_pair(int64_t block, int64_t i, int64_t keys, float scale, const float* scores, const float* slants,
                 int64_t buffer, BackwardTileScratch<Planes>& x) {
@@ -85,15 +85,17 @@ void weigh_pair(int64_t block, int64_t i, int64_t keys, float scale, const float
   uint16_t* weights = x.weights[buffer] + block * tiles * Planes * kWords + i / 2 * kDepth;
   uint16_t* slopes = x.slopes[buffer] + block * tiles * Planes * kWords + i / 2 * kDepth;
   uint16_t* rows = x.slope_rows[buffer] + row / kSide * kStripSteps * Planes * kWords + row % kSide * kDepth;
-  const __m512 factor = _mm512_set1_ps(scale);
+  const __m512 factor = _mm512_set1_ps(scale), none = _mm512_setzero_ps();
   const __m512 lse0 = _mm512_set1_ps(x.lse[row]), lse1 = _mm512_set1_ps(x.lse[row + 1]);
   const __m512 delta0 = _mm512_set1_ps(x.delta[row]), delta1 = _mm512_set1_ps(x.delta[row + 1]);
   for (int64_t j = 0; j < keys; j += kDepth) {
     __m512 slope0[2], slope1[2];
     for (int64_t half = 0; half < 2; ++half) {
       const int64_t at = j + half * kSide, to = at / kSide * Planes * kWords;
-      const __m512 p0 = power<Planes>(_mm512_fmsub_ps(_mm512_loadu_ps(s0 + at), factor, lse0));
-      const __m512 p1 = power<Planes>(_mm512_fmsub_ps(_mm512_loadu_ps(s1 + at), factor, lse1));
+      const __m512 x0 = _mm512_fmsub_ps(_mm512_loadu_ps(s0 + at), factor, lse0);
+      const __m512 x1 = _mm512_fmsub_ps(_mm512_loadu_ps(s1 + at), factor, lse1);
+      const __m512 p0 = power<Planes>(_mm512_maskz_min_ps(0xFFFF, none, x0));
+      const __m512 p1 = power<Planes>(_mm512_maskz_min_ps(0xFFFF, none, x1));
       slope0[half] = _mm512_mul_ps(p0, _mm512_sub_ps(_mm512_loadu_ps(d0 + at), delta0));
       slope1[half] = _mm512_mul_ps(p1, _mm512_sub_ps(_mm512_loadu_ps(d1 + at), delta1));
       store_pair<Planes>(weights + to, p0, p1);

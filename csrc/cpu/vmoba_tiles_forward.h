@@ -16,12 +16,13 @@ namespace triskele::TRISKELE_LEVEL::vmoba {
 constexpr float kLn2 = 0.69314718055994531f;
 constexpr int64_t kVisit = 32;
 constexpr float kHeadroom = 8.f;  // of the weights, in powers of two
+constexpr float kLarge = 0x1p20f;  // log2: bases from which on a fused exponent is too rough
 
 template <int Planes>
 struct TileScratch {
   Packing query, weights[2];
   Scratch scores[2], part, sums, line;
-  std::vector<float> top, mass;  // of the range: base of the exponents (log2), sum of weights
+  std::vector<float> top, mass;  // of the range: the score that exponents are measured from, sum of weights
   std::vector<int32_t> index;
   float base[kVisit], raised[kVisit], factor[kVisit];
   alignas(64) float lanes[kVisit * kVec];  // sums of weights, a partial sum a lane
@@ -51,10 +52,10 @@ bool raise(int64_t rows, int64_t keys, float scale, float* scores, TileScratch<P
     for (int64_t j = keys; j < padded; ++j) row[j] = -kInf;
     __m512 top = _mm512_loadu_ps(row);
     for (int64_t j = kVec; j < padded; j += kVec) top = _mm512_maskz_max_ps(0xFFFF, _mm512_loadu_ps(row + j), top);
-    const float now = largest(reinterpret_cast<Floats>(top)) * scale;
+    const float now = largest(reinterpret_cast<Floats>(top));
     x.raised[i] = 1.f;
-    if (now > x.base[i] + kHeadroom) {
-      const float factor = std::exp2(x.base[i] - now);  // 0 at first: the base is -inf
+    if ((now - x.base[i]) * scale > kHeadroom) {
+      const float factor = std::exp2((x.base[i] - now) * scale);  // 0 at first: the base is -inf
       x.base[i] = now, x.raised[i] = factor, x.factor[i] *= factor;
       float* lanes = x.lanes + i * kVec;
       store(lanes, load(lanes) * factor);
@@ -64,19 +65,27 @@ bool raise(int64_t rows, int64_t keys, float scale, float* scores, TileScratch<P
   return any;
 }
 
-// Scores of row i -> weights, as a row of an A operand.
+// Scores of row i -> weights, as a row of an A operand. A product less a rounded base is one instruction, but off by half
+// a unit of that base: from 2^31 on by 2^7, for which exp2 has no range.
 template <int Planes>
 void weigh(int64_t i, int64_t keys, float scale, const float* scores, TileScratch<Planes>& x, uint16_t* weights) {
   const float* row = scores + i * kStripStride;
   uint16_t* to = weights + (i / kSide * kStripSteps * Planes) * kWords + i % kSide * kDepth;
-  const __m512 factor = _mm512_set1_ps(scale), base = _mm512_set1_ps(x.base[i] == -kInf ? 0.f : x.base[i]);
+  const float base = x.base[i] == -kInf ? 0.f : x.base[i];
+  const __m512 factor = _mm512_set1_ps(scale), top = _mm512_set1_ps(base), shift = _mm512_set1_ps(base * scale);
   __m512 sum = _mm512_load_ps(x.lanes + i * kVec);
-  for (int64_t j = 0; j < keys; j += kDepth, to += Planes * kWords) {
-    const __m512 first = power<Planes>(_mm512_fmsub_ps(_mm512_loadu_ps(row + j), factor, base));
-    const __m512 second = power<Planes>(_mm512_fmsub_ps(_mm512_loadu_ps(row + j + kVec), factor, base));
-    sum = _mm512_add_ps(sum, _mm512_add_ps(first, second));
-    store_weights<Planes>(to, first, second);
-  }
+  const auto weights_of = [&](auto exponent) __attribute__((always_inline)) {
+    for (int64_t j = 0; j < keys; j += kDepth, to += Planes * kWords) {
+      const __m512 first = power<Planes>(exponent(_mm512_loadu_ps(row + j)));
+      const __m512 second = power<Planes>(exponent(_mm512_loadu_ps(row + j + kVec)));
+      sum = _mm512_add_ps(sum, _mm512_add_ps(first, second));
+      store_weights<Planes>(to, first, second);
+    }
+  };
+  if (std::fabs(base * scale) <= kLarge)
+    weights_of([=](__m512 score) { return _mm512_fmsub_ps(score, factor, shift); });
+  else
+    weights_of([=](__m512 score) { return _mm512_mul_ps(_mm512_sub_ps(score, top), factor); });
   _mm512_store_ps(x.lanes + i * kVec, sum);
 }
 
@@ -184,7 +193,7 @@ void run_forward(const Shape& s, const Tensor& q, const Tensor& k, const Tensor&
         for (int64_t i = 0; i < last - first; ++i) {
           outputs.write(pair, s.order[first + i], x.sums + i * x.width, 1.f / x.mass[i]);
           const float base = x.top[i] == -kInf ? 0.f : x.top[i];
-          lse[pair * s.length + s.order[first + i]] = base * kLn2 + std::log(x.mass[i]);
+          lse[pair * s.length + s.order[first + i]] = base * (scale * kLn2) + std::log(x.mass[i]);
         }
       }
     });

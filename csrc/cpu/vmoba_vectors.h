@@ -16,9 +16,10 @@ constexpr int64_t kGather = 48;      // rows of a dense tile, a multiple of ever
 constexpr int64_t kKeys = 128;       // keys of a dense tile, a multiple of every kPanel
 constexpr int64_t kRowStride = kMaxDim + kVec, kScoreStride = kKeys + kVec;  // no powers of two: they crowd cache sets
 
-// e^(scale score - base): one rounding before the difference, which is small where it counts.
-inline Floats weight_of(const float* score, float scale, float base) {
-  return exp2((load(score) * scale - base) * kLog2E);
+// P = e^(scale score - lse), at most 1 however lse was rounded.
+inline Floats weight_of(const float* score, float scale, float lse) {
+  const Floats power = (load(score) * scale - lse) * kLog2E;
+  return exp2(power > 0.f ? Floats{} : power);
 }
 
 // scores [rows, keys] = a [rows, D] times packed panels [D, kPanel]
@@ -71,22 +72,23 @@ struct ForwardScratch {
 // Raw scores -> weights against each row's new maximum; shrink[i] is the factor that the row's earlier sums need.
 inline void soften(int64_t rows, int64_t keys, float scale, const int32_t* index, ForwardScratch& x) {
   const int64_t padded = round_up(keys, kVec);
+  const float factor = scale * kLog2E;
   float sums[kGather * kVec];
   for (int64_t i = 0; i < rows; ++i) {
     float* scores = x.scores + i * kScoreStride;
     std::fill(scores + keys, scores + padded, -kInf);
     Floats top = load(scores);
     for (int64_t j = kVec; j < padded; j += kVec) top = bigger(load(scores + j), top);
-    const float before = x.top[index[i]], now = std::max(before, largest(top) * scale);
+    const float before = x.top[index[i]], now = std::max(before, largest(top));
     const float base = now == -kInf ? 0.f : now;
     Floats sum{};
     for (int64_t j = 0; j < padded; j += kVec) {
-      const Floats weight = weight_of(scores + j, scale, base);
+      const Floats weight = exp2((load(scores + j) - base) * factor);  // the difference first: exact where it counts
       store(scores + j, weight);
       sum += weight;
     }
     x.top[index[i]] = now;
-    x.shrink[i] = (before - base) * kLog2E;
+    x.shrink[i] = (before - base) * factor;
     store(sums + i * kVec, sum);
   }
   std::fill(x.shrink + rows, x.shrink + round_up(rows, kVec), 0.f);
@@ -135,7 +137,7 @@ void run_forward(const Shape& s, const Tensor& q, const Tensor& k, const Tensor&
     for (int64_t i = 0; i < last - first; ++i) {
       const float mass = total(load(x.mass + i * kVec));
       outputs.write(pair, s.order[first + i], x.sum + i * s.dp, 1.f / mass);
-      lse[pair * s.length + s.order[first + i]] = x.top[i] + std::log(mass);
+      lse[pair * s.length + s.order[first + i]] = x.top[i] * scale + std::log(mass);
     }
   });
 }

@@ -19,6 +19,7 @@ from triskele.quantize.formats import pad_columns
 
 OP_OF_ACTIVATION = {"int8": "svdq.w4a8", "int4": "svdq.w4a4", "fp8": "svdq.w4a8_fp8", "nvfp4": "svdq.w4a4_fp4",
                     "none": "svdq.w4a16"}
+_EPILOGUES = tuple(reference.EPILOGUES)
 _LANES = 16  # the kernels take ranks in multiples of it
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -30,8 +31,8 @@ def _cpu_why_not(x, qweight, *_rest) -> list[str]:
     return reasons
 
 
-def _cpu(x, qweight, wscales, wtscale, lora_down, lora_up, smooth, bias, format, _activation, shift):
-    """Two kernels: quantize and project down; multiply, scale, project up, add the bias."""
+def _cpu(x, qweight, wscales, wtscale, lora_down, lora_up, smooth, bias, format, _activation, shift, epilogue):
+    """Two kernels: quantize and project down; multiply, scale, project up, add the bias, GELU."""
     native = torch.ops.triskele_native
     group = qweight.shape[1] * 2 // wscales.shape[1]
     rows = (x.float() if x.dtype == torch.float16 else x).contiguous()
@@ -43,7 +44,7 @@ def _cpu(x, qweight, wscales, wtscale, lora_down, lora_up, smooth, bias, format,
     scales = wscales.float() if wtscale is None else wscales.float() * wtscale.float()[:, None]
     y = native.svdq_gemm(codes, token_scales, sums, down, qweight.contiguous(), scales.contiguous(),
                          lora_up, None if bias is None else bias.float().contiguous(),
-                         format == "nvfp4", rows.dtype == torch.bfloat16)
+                         format == "nvfp4", rows.dtype == torch.bfloat16, _EPILOGUES.index(epilogue))
     return y.to(x.dtype)
 
 

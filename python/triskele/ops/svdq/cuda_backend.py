@@ -1,7 +1,8 @@
 """The CUDA kernels behind the 4-bit linear: W4A8 on sm_90, W4A4 on sm_80 … sm_89.
 
-    w4a8   svdq_quantize_int8, then svdq_w4a8_gemm on int4 weights in groups of 64; other weights are made int8 first,
-           once a call, with one scale a chunk of columns: svdq_widen, svdq_w8a8_gemm
+    w4a8   svdq_quantize_int8, then on int4 weights in groups of 64 svdq_multipliers (their scales as integers) and
+           svdq_w4a8_gemm; other weights are made int8 first, once a call, with one scale a chunk of columns:
+           svdq_widen, svdq_w8a8_gemm
     w4a4   svdq_quantize_int4, svdq_w4a4_gemm: both operands stay 4 bits wide
 
 `native` is where the raw ops are: torch.ops.triskele_native, or the emulated ones in tests.
@@ -12,12 +13,14 @@ from __future__ import annotations
 import torch
 
 from triskele import _native
+from triskele.ops.svdq.reference import activated
 from triskele.quantize.formats import pad_columns
 
 DTYPES = (torch.float16, torch.bfloat16)
 MOST_RANKS = 128
 ALIGNMENT = 16  # bytes: the kernels load so much at once
 _COLUMNS = 256  # W4A8 pads K to it
+_MOST_GROUPS = 640  # scales rounded to integers add at most 1 % to the error up to here (docs/cuda_linear.md)
 
 
 def chunk_columns(format: str, group: int) -> int:
@@ -74,11 +77,14 @@ def _scales(wscales, wtscale) -> torch.Tensor:
     return _operand(wscales) if wtscale is None else wscales.float() * wtscale.float()[:, None]
 
 
-def w4a8(x, qweight, wscales, wtscale, lora_down, lora_up, smooth, bias, format, _activation, shift, native=None,
-         widen=None):
-    """x [M, K] float16 or bfloat16 -> [M, N] in its dtype. The factors are used in x's dtype.
+def w4a8(x, qweight, wscales, wtscale, lora_down, lora_up, smooth, bias, format, _activation, shift,
+         epilogue="none", native=None, widen=None, in_operand=True, clusters=True):
+    """x [M, K] float16 or bfloat16 -> [M, N] in its dtype. The factors are used in x's dtype. GELU is not fused here.
 
-    widen  whether weights are made int8 first; None: where they are not int4 in groups of 64
+    widen       whether weights are made int8 first; None: where they are not int4 in groups of 64
+    in_operand  False: group scales multiply sums even where they could multiply codes
+    clusters    False: no two blocks share the loads of their tokens
+    The last two leave the result as it is, bit for bit.
     """
     native = torch.ops.triskele_native if native is None else native
     group = qweight.shape[1] * 2 // wscales.shape[1]
@@ -87,19 +93,22 @@ def w4a8(x, qweight, wscales, wtscale, lora_down, lora_up, smooth, bias, format,
     tokens = (codes, token_scales, down, units)
     factors = (_ready(pad_columns(lora_up.to(x.dtype), 8)), None if bias is None else _operand(bias))
     if widen is None:
-        widen = format != "int4" or group != 64
+        widen = format != "int4" or group != 64 or wscales.shape[1] > _MOST_GROUPS
+    weights = (_ready(qweight), _scales(wscales, wtscale))
     if not widen:
-        scales = wscales if wscales.dtype == torch.bfloat16 else wscales.float()
-        return native.svdq_w4a8_gemm(*tokens, _ready(qweight), scales.contiguous(), *factors)
-    weights = native.svdq_widen(_ready(qweight), _scales(wscales, wtscale), format == "nvfp4",
-                                chunk_columns(format, group))
-    return native.svdq_w8a8_gemm(*tokens, *weights, *factors)
+        multipliers = native.svdq_multipliers(*weights, in_operand)
+        y = native.svdq_w4a8_gemm(*tokens, weights[0], *multipliers, *factors, clusters)
+        return activated(y, epilogue)
+    weights = native.svdq_widen(*weights, format == "nvfp4", chunk_columns(format, group))
+    return activated(native.svdq_w8a8_gemm(*tokens, *weights, *factors), epilogue)
 
 
-def w4a4(x, qweight, wscales, _wtscale, lora_down, lora_up, smooth, bias, _format, _activation, shift, native=None):
+def w4a4(x, qweight, wscales, _wtscale, lora_down, lora_up, smooth, bias, _format, _activation, shift,
+         epilogue="none", native=None):
     """x [M, K] float16 or bfloat16 -> [M, N] in its dtype; shift > 0 promises x + shift >= 0 (codes 0 … 15)."""
     native = torch.ops.triskele_native if native is None else native
     codes, token_scales, down, units = native.svdq_quantize_int4(
         _ready(x), _operand(smooth), _ready(lora_down.to(x.dtype)), shift, shift > 0, 64)
-    return native.svdq_w4a4_gemm(codes, token_scales, down, units, _ready(qweight), _operand(wscales),
-                                 lora_up.to(x.dtype).contiguous(), None if bias is None else _operand(bias), shift > 0)
+    y = native.svdq_w4a4_gemm(codes, token_scales, down, units, _ready(qweight), _operand(wscales),
+                              lora_up.to(x.dtype).contiguous(), None if bias is None else _operand(bias), shift > 0)
+    return activated(y, epilogue)

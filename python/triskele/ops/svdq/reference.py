@@ -2,7 +2,7 @@
 
     z = (x + shift) * (1 / smooth)            in float32, 1 / smooth rounded to float32 first
     codes, scales = quantize(z)               triskele.quantize.formats says how, for each kind of activation
-    y = (codes * scales) R^T + (x lora_down^T) lora_up^T + bias,  R = code * scale of the weight
+    y = (codes * scales) R^T + (x lora_down^T) lora_up^T + bias,  R = code * scale of the weight; then the epilogue
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from __future__ import annotations
 import torch
 
 from triskele.quantize.formats import dequantize, fake_quantize_activation, unpack_nibbles
+
+EPILOGUES = {"none": None, "gelu": "none", "gelu_tanh": "tanh"}
+"""What may follow the linear -> torch's name of that GELU's form; csrc/cpu/svdq_gelu.h counts them in this order."""
 
 
 def weight_float64(qweight, wscales, wtscale, in_features: int, format: str) -> torch.Tensor:
@@ -24,8 +27,12 @@ def smoothed(x, smooth, shift: float) -> torch.Tensor:
     return (x.float() + shift) * (1.0 / smooth.float())
 
 
+def activated(y: torch.Tensor, epilogue: str) -> torch.Tensor:
+    return y if epilogue == "none" else torch.nn.functional.gelu(y, approximate=EPILOGUES[epilogue])
+
+
 def svdq_linear(x, qweight, wscales, wtscale, lora_down, lora_up, smooth, bias, format: str, activation: str,
-                shift: float) -> torch.Tensor:
+                shift: float, epilogue: str = "none") -> torch.Tensor:
     """x [M, K] -> y [M, N] in x's dtype."""
     residual = weight_float64(qweight, wscales, wtscale, x.shape[1], format)
     if activation == "none":
@@ -35,7 +42,7 @@ def svdq_linear(x, qweight, wscales, wtscale, lora_down, lora_up, smooth, bias, 
     y = quantized @ residual.T + (x.double() @ lora_down.double().T) @ lora_up.double().T
     if bias is not None:
         y = y + bias.double()
-    return y.to(x.dtype)
+    return activated(y, epilogue).to(x.dtype)
 
 
 def svdq_linear_backward(grad, qweight, wscales, wtscale, lora_down, lora_up, smooth, format: str) -> torch.Tensor:

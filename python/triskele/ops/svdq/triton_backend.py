@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from triskele.ops.svdq.reference import activated
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 GROUPS = (64, 128)  # of int4: half of one is the depth of a product, and at least an instruction's
 RANK = 256  # the projection down holds them all in registers
@@ -37,8 +39,9 @@ def _prepared(x, qweight, wscales, lora_down, lora_up, bias, format):
     return x, *tensors, half
 
 
-def w4a8(x, qweight, wscales, wtscale, lora_down, lora_up, smooth, bias, format, _activation, shift) -> Tensor:
-    """Two kernels: quantize and project down; multiply, scale, project up, add the bias."""
+def w4a8(x, qweight, wscales, wtscale, lora_down, lora_up, smooth, bias, format, _activation, shift,
+         epilogue="none") -> Tensor:
+    """Two kernels: quantize and project down; multiply, scale, project up, add the bias. GELU is not fused here."""
     from triskele.triton_kernels import svdq_gemm, svdq_prepare
 
     x, qweight, wscales, lora_down, lora_up, bias, half = _prepared(x, qweight, wscales, lora_down, lora_up, bias,
@@ -48,16 +51,20 @@ def w4a8(x, qweight, wscales, wtscale, lora_down, lora_up, smooth, bias, format,
         codes, scales, down = svdq_prepare.quantize(x, smooth.contiguous(), lora_down, shift, half,
                                                     torch.float16 if nvfp4 else torch.int8)
         if nvfp4:
-            return svdq_gemm.multiply_float(codes, scales, down, qweight, wscales, wtscale, lora_up, bias, x.dtype)
-        return svdq_gemm.multiply_int8(codes, scales, down, qweight, wscales, lora_up, bias, x.dtype)
+            y = svdq_gemm.multiply_float(codes, scales, down, qweight, wscales, wtscale, lora_up, bias, x.dtype)
+        else:
+            y = svdq_gemm.multiply_int8(codes, scales, down, qweight, wscales, lora_up, bias, x.dtype)
+        return activated(y, epilogue)
 
 
-def w4a16(x, qweight, wscales, wtscale, lora_down, lora_up, smooth, bias, format, _activation, shift) -> Tensor:
-    """Two kernels: smooth and project down; multiply, scale, project up, add the bias."""
+def w4a16(x, qweight, wscales, wtscale, lora_down, lora_up, smooth, bias, format, _activation, shift,
+          epilogue="none") -> Tensor:
+    """Two kernels: smooth and project down; multiply, scale, project up, add the bias. GELU is not fused here."""
     from triskele.triton_kernels import svdq_gemm, svdq_prepare
 
     x, qweight, wscales, lora_down, lora_up, bias, half = _prepared(x, qweight, wscales, lora_down, lora_up, bias,
                                                                     format)
     with torch.cuda.device_of(x):
         z, down = svdq_prepare.smooth(x, smooth.contiguous(), lora_down, shift, half)
-        return svdq_gemm.multiply_float(z, None, down, qweight, wscales, wtscale, lora_up, bias, x.dtype)
+        y = svdq_gemm.multiply_float(z, None, down, qweight, wscales, wtscale, lora_up, bias, x.dtype)
+        return activated(y, epilogue)

@@ -30,7 +30,7 @@ def vmoba_select(q, k, *, chunk, select: str = "topk", pool: str = "query", top_
             "head" one head's (c, s); "all" all (c, h, s).
         top_k: integer >= 1 (1: the own chunk alone), read by "topk". More than C: all chunks.
         threshold: in (0, 1], read by "threshold".
-        backend: "auto", "cpu", "reference".
+        backend: "auto", "triton", "cpu", "reference".
 
     Returns:
         bool [B, C, H, S]. Equal gates rank by chunk, head, token. Gates are summed in float64 and rounded to float32
@@ -58,7 +58,8 @@ def vmoba_attention(q, k, v, *, chunk, select: str = "topk", pool: str = "query"
         chunk, select, pool, top_k, threshold: as in `vmoba_select`.
         mask: bool [B, C, H, S], in place of the selection (whose settings are not read then). A query attends to its
             own chunk also where the mask leaves it out.
-        backend: "auto", "cpu" (float32, bfloat16; computes in float32), "reference" (float64).
+        backend: "auto", "triton" (float16, bfloat16, float32), "cpu" (float32, bfloat16; computes in float32),
+            "reference" (float64).
 
     Returns:
         [B, H, S, D] in q's dtype and the caller's token order, contiguous. Gradients reach q, k and v; none goes
