@@ -25,10 +25,12 @@ def test_quantize_a_transformer_folder(tmp_path, capsys):
     from diffusers import WanTransformer3DModel
 
     wan_model().save_pretrained(tmp_path / "in")
-    assert main(["quantize", str(tmp_path / "in"), str(tmp_path / "out"), "--rank", "4"]) == 0
+    assert main(["quantize", str(tmp_path / "in"), str(tmp_path / "out"), "--rank", "4",
+                 "--scales", "integer"]) == 0
     assert "linears" in capsys.readouterr().out
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["linear"]["rank"] == 4
+    assert config["quantization_config"]["linear"]["scales"] == "integer"
     loaded = WanTransformer3DModel.from_pretrained(tmp_path / "out")
     assert type(loaded.blocks[0].attn1.to_q).__name__ == "SVDQuantLinear"
 

@@ -9,6 +9,7 @@ import triskele as tk
 
 CONFIGS = [tk.SLA(), tk.SLA(keep=3, scope="complement", skip_layers=(1, 1)), tk.VMoBA(),
            tk.VMoBA(chunks=(3, (5, 13), (7, 5, 13)), top_k=(2, 6, 18)), tk.SVDQuant(exclude=("proj_out",)),
+           tk.SVDQuant(scales="integer"),
            tk.ParaTAA(), tk.ParaTAA(window=8, criterion="rms")]
 
 
@@ -23,6 +24,12 @@ def test_lists_become_tuples():
     assert config == tk.SVDQuant(include=("ffn.net.2",), exclude=("blocks.0.ffn.net.2",))
     assert tk.SLA(skip_layers=[1, 2]).skip_layers == (1, 2)
     assert tk.VMoBA(chunks=[2, [2, 2], [1, 2, 2]], top_k=[1, 2, 3]).chunks == (2, (2, 2), (1, 2, 2))
+
+
+def test_dicts_from_before_a_key_still_load():
+    values = tk.SVDQuant(rank=8).to_dict()
+    del values["scales"]
+    assert tk.SVDQuant.from_dict(values) == tk.SVDQuant(rank=8)
 
 
 def test_frozen():
@@ -61,6 +68,8 @@ def test_frozen():
     (lambda: tk.SVDQuant(include="attn1.to_q"), "include: expected a tuple of name endings"),
     (lambda: tk.SVDQuant(exclude=("proj_out", 3)), "exclude"),
     (lambda: tk.SVDQuant(smooth="yes"), "smooth"),
+    (lambda: tk.SVDQuant(scales="float"), "scales: expected one of"),
+    (lambda: tk.SVDQuant(scales="integer", format="nvfp4"), "scales with format='nvfp4': expected 'amax'"),
     (lambda: tk.SVDQuant(backend="gpu"), "backend"),
     (lambda: tk.ParaTAA(window=0), "window"),
     (lambda: tk.ParaTAA(window=True), "window"),

@@ -42,8 +42,10 @@ def test_every_family_takes_its_table_and_stays_close(family):
             got = model(**inputs, return_dict=False)[0]
             assert 1e-5 < relative(got, want) < 0.15
             assert [r.name for r in handle.replaced] == names
-            assert all(r.was == "Linear" and r.now == "SVDQuantLinear" and r.backend == "cpu" for r in handle.replaced)
-            assert f"{len(names)} x Linear -> SVDQuantLinear on cpu" in handle.summary()
+            with_gelu = [r for r in handle.replaced if r.now == "SVDQuantLinear with GELU"]
+            assert all(r.was.startswith("Linear") and r.now.startswith("SVDQuantLinear") for r in handle.replaced)
+            assert {r.backend for r in handle.replaced} == {"cpu"}
+            assert f"{len(names) - len(with_gelu)} x Linear -> SVDQuantLinear on cpu" in handle.summary()
         assert torch.equal(model(**inputs, return_dict=False)[0], want)
     assert_restored(model, before)
 

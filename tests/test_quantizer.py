@@ -57,7 +57,7 @@ def test_round_trip_is_bit_for_bit(family, tmp_path):
 
 @pytest.mark.parametrize("config", [
     tk.SVDQuant(rank=4, format="nvfp4", activation="none"), tk.SVDQuant(rank=0), tk.SVDQuant(rank=4, exclude=("to_q",)),
-    tk.SVDQuant(rank=4, include=("ffn.net.2",), activation="int4"),
+    tk.SVDQuant(rank=4, include=("ffn.net.2",), activation="int4"), tk.SVDQuant(rank=4, scales="integer"),
 ])
 def test_round_trip_of_configs(config, tmp_path):
     model, inputs, _ = patched(linear=config, attention=None)

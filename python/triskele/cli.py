@@ -34,6 +34,8 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--rank", type=int, default=32)
     quantize.add_argument("--format", choices=("int4", "nvfp4"), default="int4")
     quantize.add_argument("--activation", choices=("int8", "int4", "fp8", "none"), default="int8")
+    quantize.add_argument("--scales", choices=("amax", "integer"), default="amax",
+                          help="of int4 groups: the published ones, or multiples of one scale a channel")
     return parser
 
 

@@ -150,6 +150,7 @@ class SVDQuant(_Config):
 
     rank        of the low-rank branch; format "int4" (groups of 64) or "nvfp4" (groups of 16)
     activation  "int8" per token, "int4" per token and group, "fp8" per token, "none" (weight only)
+    scales      "amax" (published), or for int4 "integer": small multiples of one scale an output channel
     include     name endings to quantize in place of the model's own table; exclude: endings left alone
     iterations  rounds of the low-rank/quantize alternation; smooth: search smoothing where activations are given
     """
@@ -157,6 +158,7 @@ class SVDQuant(_Config):
     rank: int = 32
     format: Literal["int4", "nvfp4"] = "int4"
     activation: Literal["int8", "int4", "fp8", "none"] = "int8"
+    scales: Literal["amax", "integer"] = "amax"
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
     iterations: int = 10
@@ -168,6 +170,9 @@ class SVDQuant(_Config):
         check_int("rank", self.rank, low=0)
         check_choice("format", self.format, ("int4", "nvfp4"))
         check_choice("activation", self.activation, ("int8", "int4", "fp8", "none"))
+        check_choice("scales", self.scales, ("amax", "integer"))
+        if self.scales == "integer" and self.format != "int4":
+            raise expected(f"scales with format={self.format!r}", "'amax'", "'integer'")
         if self.include is not None:
             _names("include", self.include)
         _names("exclude", self.exclude)

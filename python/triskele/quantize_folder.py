@@ -17,7 +17,7 @@ def quantize(args) -> int:
     source, out = Path(args.model), Path(args.out)
     if out.exists() and any(out.iterdir()):
         raise expected("out", "a folder that is new or empty", f"{args.out!r}, which holds files")
-    config = tk.SVDQuant(rank=args.rank, format=args.format, activation=args.activation)
+    config = tk.SVDQuant(rank=args.rank, format=args.format, activation=args.activation, scales=args.scales)
     if (source / "model_index.json").is_file():
         loaded = diffusers.DiffusionPipeline.from_pretrained(source, use_safetensors=True)
         model = denoiser(loaded)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from triskele.configs import SLA, VMoBA
@@ -44,8 +46,8 @@ def apply(model: torch.nn.Module, adapter: Adapter, config: SLA | VMoBA, undo: U
             undo.register_hook(block.register_forward_pre_hook(TextLengthHook(text, block), with_kwargs=True))
         processor = adapter.attention.processor(SLA_CHILD if sparse else VMOBA_CHILD, grid=grid, text=text)
         undo.set_processor(attn, processor)
-        backend, reasons = backend_of(config, _device(attn), _dtype(attn), _head_dim(attn))
-        report.append(Replaced("attention", site.name, was, type(config).__name__, backend, reasons))
+        report.append(Replaced("attention", site.name, was, type(config).__name__,
+                               ask=functools.partial(_backend_of, config, attn)))
     if grid is not None:
         steps = DenseSteps(config.dense_steps, adapter.timestep_scale, pipe) if config.dense_steps else None
         hook = GridHook(grid, adapter.attention.grid, model, adapter.timestep_kwarg, steps)
@@ -99,6 +101,10 @@ def _dtype(attn) -> torch.dtype:
     """The dtype in which the module computes. Weights stored in 8 bits are widened before they are used."""
     dtypes = [p.dtype for p in attn.parameters() if p.is_floating_point() and p.element_size() > 1]
     return dtypes[0] if dtypes else torch.get_default_dtype()
+
+
+def _backend_of(config: SLA | VMoBA, attn) -> tuple[str, tuple[str, ...]]:
+    return backend_of(config, _device(attn), _dtype(attn), _head_dim(attn))
 
 
 def _left_dense(layer: int, layers: int, config) -> str | None:

@@ -20,14 +20,14 @@ class Handle:
 
     target    the pipeline or model that was patched
     configs   arm -> its config, for the arms in use
-    replaced  tuple of `Replaced`, one a site
+    replaced  tuple of `Replaced`, one a site, with the backends of the moment at which it is read
     sampler   the sampler arm's own object (what its last runs took), None without that arm
     """
 
     def __init__(self, target, configs: dict, replaced: list[Replaced], undo: UndoLog):
         self.target = target
         self.configs = dict(configs)
-        self.replaced = tuple(replaced)
+        self._replaced = tuple(replaced)
         self.sampler = getattr(target, SAMPLER, None) if "sampler" in configs else None
         self._undo = undo
         self._live = True
@@ -37,11 +37,16 @@ class Handle:
         """False once restored."""
         return self._live
 
+    @property
+    def replaced(self) -> tuple[Replaced, ...]:
+        return tuple(row.answered() for row in self._replaced)
+
     def summary(self) -> Summary:
-        """What was replaced, by which backend, and why the better ones refused."""
+        """What was replaced, by which backend now, and why the better ones refuse."""
         lines = [f"triskele patch on {type(self.target).__name__}, {self._state}"]
+        replaced = self.replaced
         for arm in ("attention", "linear", "sampler"):
-            rows = [r for r in self.replaced if r.arm == arm]
+            rows = [r for r in replaced if r.arm == arm]
             if not rows:
                 continue
             lines.append(f"{arm}: {self.configs[arm]}")
@@ -59,6 +64,8 @@ class Handle:
 
     def restore(self) -> None:
         """Take the patch off. A second call does nothing."""
+        if self._live:
+            self._replaced = self.replaced  # what it was; and holds no longer on to what was put in
         self._live = False
         self._undo.rollback()
 

@@ -13,7 +13,7 @@ The sampler arm also leaves its object on the pipeline, `undo.setattr(pipe, SAMP
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 SAMPLER = "_triskele_sampler"
 
@@ -27,6 +27,7 @@ class Replaced:
     was, now class names, or a few words ("left dense (skip_layers)")
     backend  that will run it on the model's device ("cpu"), "" where no kernel is involved
     reasons  "cuda: ...": why each better backend will not
+    ask      () -> (backend, reasons) for the model as it stands then; None: those two are final
     """
 
     arm: str
@@ -35,6 +36,14 @@ class Replaced:
     now: str
     backend: str = ""
     reasons: tuple[str, ...] = ()
+    ask: Callable[[], tuple[str, tuple[str, ...]]] | None = field(default=None, repr=False, compare=False)
+
+    def answered(self) -> Replaced:
+        """The row with the backend of this moment: a model may have moved, or been cast, since it was patched."""
+        if self.ask is None:
+            return self
+        backend, reasons = self.ask()
+        return replace(self, backend=backend, reasons=reasons, ask=None)
 
 
 @dataclass(frozen=True)

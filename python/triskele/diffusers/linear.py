@@ -12,6 +12,8 @@ from torch import nn
 from triskele.backend import explain
 from triskele.checks import check_int, expected
 from triskele.configs import SVDQuant
+from triskele.diffusers.explain import answer
+from triskele.diffusers.gelu import fuse
 from triskele.diffusers.interface import Adapter, Replaced
 from triskele.diffusers.undo import UndoLog
 
@@ -44,9 +46,12 @@ def apply(model: nn.Module, adapter: Adapter, config: SVDQuant, undo: UndoLog,
                 raise ValueError(f"linear: {name} [{linear.out_features}, {linear.in_features}]: {error}") from error
             parent, _, child = name.rpartition(".")
             undo.call(functools.partial(_follow, linear, quantized))
-            undo.set_module(model.get_submodule(parent), child, quantized)
-            backend, reasons = backend_of(quantized)
-            report.append(Replaced("linear", name, type(linear).__name__, type(quantized).__name__, backend, reasons))
+            owner = model.get_submodule(parent)
+            undo.set_module(owner, child, quantized)
+            was, now = type(linear).__name__, type(quantized).__name__
+            if fuse(owner, undo):
+                was, now = f"{was} and GELU", f"{now} with GELU"
+            report.append(Replaced("linear", name, was, now, ask=functools.partial(backend_of, quantized)))
             bar.update(linear.weight.numel())
     return report
 
@@ -131,9 +136,9 @@ def backend_of(linear: nn.Module) -> tuple[str, tuple[str, ...]]:
         return "", ()
     dtype = linear.compute_dtype if linear.bias is None else linear.bias.dtype
     x = torch.zeros(1, linear.in_features, device=linear.qweight.device, dtype=dtype)
-    choice = explain(OP_OF_ACTIVATION[linear.activation], x, linear.qweight, backend=linear.backend)
-    reasons = [f"{name}: {why}" for name, all_why in choice.reasons.items() for why in all_why if name != "reference"]
-    return choice.chosen or "none", tuple(reasons)
+    inputs = (x, linear.qweight, linear.wscales, linear.wtscale, linear.lora_down, linear.lora_up, linear.smooth,
+              linear.bias, linear.format, linear.activation, linear.shift, "none")
+    return answer(explain(OP_OF_ACTIVATION[linear.activation], *inputs, backend=linear.backend))
 
 
 def _progress(model: nn.Module, names: list[str]):

@@ -7,13 +7,15 @@ class keeps its forward; ours hands over to it wherever the fused ops would not 
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from types import MethodType
 
 import torch
 
-from triskele.backend import TABLES, may_pick
+from triskele.backend import TABLES, explain, may_pick
+from triskele.diffusers.explain import answer
 from triskele.diffusers.interface import Adapter, Replaced
 from triskele.diffusers.undo import UndoLog
 from triskele.ops import adaln_modulate, gate_residual
@@ -82,8 +84,23 @@ def apply(model: torch.nn.Module, adapter: Adapter, undo: UndoLog) -> list[Repla
         site = Site(block, fused, devices)
         undo.call(lambda site=site, block=block: site.remove(block))
         block.__dict__["forward"] = site.forward
-        replaced.append(Replaced("sampler", name, type(block).__name__, FUSED, ", ".join(devices)))
+        now = f"{FUSED} (from {LEAST_ELEMENTS} elements on, outside training and autocast)"
+        replaced.append(Replaced("sampler", name, type(block).__name__, now,
+                                 ask=functools.partial(_backend_of, site, block)))
     return replaced
+
+
+def _backend_of(site: Site, block: torch.nn.Module) -> tuple[str, tuple[str, ...]]:
+    """(backend, reasons of those before it) for the block where it stands; "none": its own forward runs."""
+    values = next((p for p in block.parameters() if p.is_floating_point() and p.element_size() > 1), None)
+    if values is None or values.is_meta:
+        return "", ()
+    if values.dtype not in DTYPES:
+        return "none", (f"fused: takes {' and '.join(map(str, DTYPES))}, got {values.dtype}",)
+    norms = [m.normalized_shape[0] for m in block.modules() if isinstance(m, torch.nn.LayerNorm)]
+    x = torch.zeros(1, 1, norms[0] if norms else 1, device=values.device, dtype=values.dtype)
+    chosen, reasons = answer(explain("adaln.modulate", x, x[:, 0], x[:, 0], None, None, None, 1e-6))
+    return (chosen if values.device.type in site.devices else "none"), reasons
 
 
 def plain_norms(*norms) -> bool:

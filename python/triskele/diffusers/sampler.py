@@ -15,6 +15,8 @@ guidance's copies, eta and the generator. Noise is then drawn at once, in the or
 
 from __future__ import annotations
 
+import copy
+import functools
 import logging
 import weakref
 
@@ -24,11 +26,12 @@ from triskele.backend import explain
 from triskele.checks import expected
 from triskele.configs import ParaTAA
 from triskele.diffusers import modulation
+from triskele.diffusers.explain import answer
 from triskele.diffusers.grid import GridHook
 from triskele.diffusers.interface import SAMPLER, Adapter, Replaced
 from triskele.diffusers.pace import Pace
 from triskele.diffusers.rounds import Run, SampleRun
-from triskele.diffusers.standin import Timesteps, stand_in
+from triskele.diffusers.standin import UNPICKLED, Timesteps, stand_in
 from triskele.diffusers.undo import UndoLog
 from triskele.sampling import TriangularSystem
 
@@ -48,9 +51,9 @@ def apply(pipe, adapter: Adapter, config: ParaTAA, undo: UndoLog) -> list[Replac
     undo.setattr(pipe, "scheduler", stand_in(scheduler, sampling))
     undo.register_hook(denoiser.register_forward_pre_hook(sampling.widen, with_kwargs=True, prepend=True))
     undo.setattr(pipe, SAMPLER, sampling)
-    backend, reasons = _backend_of(config, denoiser)
     window = {"auto": "a measured window", None: "all steps"}.get(config.window, f"a window of {config.window}")
-    return [Replaced("sampler", "scheduler", type(scheduler).__name__, f"ParaTAA over {window}", backend, reasons),
+    return [Replaced("sampler", "scheduler", type(scheduler).__name__, f"ParaTAA over {window}",
+                     ask=functools.partial(_backend_of, config, denoiser)),
             *modulation.apply(denoiser, adapter, undo)]
 
 
@@ -59,6 +62,9 @@ class Sampling:
 
     last    a `SampleRun` for each sample of the last parallel call; empty after a sequential one
     config  the ParaTAA in use
+
+    A copy of the pipeline (`copy.deepcopy`) samples in parallel as well, with a Sampling of its own; a handle restores
+    the pipeline that was patched, not its copies.
     """
 
     def __init__(self, pipe, adapter: Adapter, config: ParaTAA, denoiser: torch.nn.Module):
@@ -70,6 +76,21 @@ class Sampling:
         self._run: Run | None = None
         self._system: tuple | None = None
         self._warned = False
+
+    def __deepcopy__(self, memo) -> Sampling:
+        """For the copy of the pipeline under way; it has not sampled yet."""
+        new = memo[id(self)] = object.__new__(type(self))
+        pipe = self._pipe()
+        new.__init__(memo.get(id(pipe), pipe), self.adapter, self.config, copy.deepcopy(self.denoiser, memo))
+        return new
+
+    def of_copy(self, memo) -> Sampling | None:
+        """The Sampling of the copied pipeline inside a deepcopy of it; None where less than the pipeline is copied."""
+        pipe = self._pipe()
+        return copy.deepcopy(self, memo) if pipe is not None and id(pipe) in memo else None
+
+    def __getstate__(self):
+        raise TypeError(UNPICKLED)
 
     @property
     def parallel(self) -> bool:
@@ -173,7 +194,9 @@ def _backend_of(config: ParaTAA, denoiser: torch.nn.Module) -> tuple[str, tuple[
     device = next(denoiser.parameters()).device
     if device.type == "meta":
         return "", ()
-    x, eps = torch.zeros(2, 1, device=device), torch.zeros(1, 1, device=device)
-    choice = explain("taa.residual", x, eps, backend=config.backend)
-    reasons = [f"{name}: {why}" for name, all_why in choice.reasons.items() for why in all_why if name != "reference"]
-    return choice.chosen or "none", tuple(reasons)
+    window = config.window if isinstance(config.window, int) else 1
+    rows = torch.zeros(window, 1, device=device)
+    weights = torch.zeros(window, dtype=torch.float64, device=device)
+    past = [rows] * (config.memory - 1)
+    inputs = (torch.zeros(window + 1, 1, device=device), rows, None, weights, weights[:, None], weights, past, window)
+    return answer(explain("taa.residual", *inputs, backend=config.backend))

@@ -9,6 +9,8 @@ import inspect
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
+UNPICKLED = "a pipeline under ParaTAA cannot be pickled; restore() the patch first, or use save_pretrained()"
+
 
 class Timesteps(torch.Tensor):
     """`scheduler.timesteps`: a tensor in every way but one, that a loop over it is a parallel sampling.
@@ -23,7 +25,10 @@ class Timesteps(torch.Tensor):
 
 
 def stand_in(scheduler, sampling):
-    """A copy of `scheduler` whose class, seen from outside, is the same; `sampling` is told of loops and steps."""
+    """A copy of `scheduler` whose class, seen from outside, is the same; `sampling` is told of loops and steps.
+
+    Copied with its pipeline it is the copy's stand-in; copied by itself, a scheduler as any other. It is not pickled.
+    """
     base = type(scheduler)
     signature = inspect.signature(base.step)
 
@@ -62,7 +67,23 @@ def stand_in(scheduler, sampling):
         sample = sampling.step(values)
         return SchedulerOutput(prev_sample=sample) if keep else (sample,)
 
-    methods = {"timesteps": property(timesteps, store), "set_timesteps": set_timesteps, "step": step}
+    def deep_copy(self, memo):
+        plain = object.__new__(base)
+        plain.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        told = sampling.of_copy(memo)
+        memo[id(self)] = plain if told is None else stand_in(plain, told)
+        return memo[id(self)]
+
+    def shallow_copy(self):
+        plain = object.__new__(base)
+        plain.__dict__.update(self.__dict__)
+        return plain
+
+    def reduce(self, _protocol):
+        raise TypeError(UNPICKLED)
+
+    methods = {"timesteps": property(timesteps, store), "set_timesteps": set_timesteps, "step": step,
+               "__deepcopy__": deep_copy, "__copy__": shallow_copy, "__reduce_ex__": reduce}
     if hasattr(base, "scale_model_input"):
 
         @functools.wraps(base.scale_model_input)

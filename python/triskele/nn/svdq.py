@@ -9,7 +9,7 @@ from triskele.backend import NAMES
 from triskele.checks import check_choice, check_int, check_shape, check_tensor, expected
 from triskele.configs import SVDQuant
 from triskele.ops.svdq.op import svdq_linear_op
-from triskele.ops.svdq.reference import weight_float64
+from triskele.ops.svdq.reference import EPILOGUES, weight_float64
 from triskele.quantize.formats import group_size
 from triskele.quantize.svdquant import svd_quantize
 from triskele.quantize.weight import SVDQWeight
@@ -127,8 +127,8 @@ class SVDQuantLinear(nn.Linear):
         quantized = svd_quantize(
             weight.to(compute_device or home), activations, **{
                 "rank": min(config.rank, *weight.shape), "format": config.format, "activation": config.activation,
-                "smooth": "search" if config.smooth else None, "iterations": config.iterations, "dtype": STORAGE,
-                **options})
+                "scales": config.scales, "smooth": "search" if config.smooth else None, "iterations": config.iterations,
+                "dtype": STORAGE, **options})
         module = cls.from_quantized(quantized.to(home), linear.bias, backend=config.backend, dtype=weight.dtype)
         return module.train(linear.training)
 
@@ -156,11 +156,14 @@ class SVDQuantLinear(nn.Linear):
             whole = residual / self.smooth.double() + self.lora_up.double() @ self.lora_down.double()
         return whole.to(dtype).as_subclass(_Dequantized)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor, *, epilogue: str = "none") -> torch.Tensor:
+        """y, or GELU(y) in the same pass: "none", "gelu", "gelu_tanh" (`svdq_linear`)."""
+        check_choice("epilogue", epilogue, tuple(EPILOGUES))
         if input.shape[-1] != self.in_features:
             raise expected("input", f"shape [..., {self.in_features}]", list(input.shape))
         return svdq_linear_op(input, self.qweight, self.wscales, self.wtscale, self.lora_down, self.lora_up,
-                              self.smooth, self.bias, self.format, self.activation, self.shift, self.backend)
+                              self.smooth, self.bias, self.format, self.activation, self.shift, epilogue,
+                              self.backend)
 
     def reset_parameters(self) -> None:
         """The zero map: there is no random 4-bit start."""

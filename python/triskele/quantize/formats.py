@@ -3,6 +3,7 @@
 Weights, one scale a group of columns, divisions in float32, RN_d = rounded to the dtype that scales are stored in:
 
     int4   s = RN_d(max|r| / 7)                                             code = clamp(round_half_even(r / s), -7, 7)
+           or integer multiples of one scale a channel, which scales.py finds
     nvfp4  t = RN_d(max over tensor of (max|r| / 6) / 448)
            s = e4m3(max|r| / 6 / t)                                         code = nearest e2m1 of r / (s t), ties up
 
@@ -25,6 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from triskele.checks import check_choice, check_int, expected
+from triskele.quantize.scales import SCALES, integer_scales
 
 FORMATS = ("int4", "nvfp4")
 ACTIVATIONS = ("int8", "int4", "fp8", "nvfp4", "none")
@@ -49,6 +51,13 @@ def group_size(format: str, group: int = 64) -> int:
     if group % 16:
         raise expected("group", "a multiple of 16", group)
     return group
+
+
+def check_scales(scales: str, format: str) -> None:
+    """Integer multiples are those of int4: a code of e2m1 is not an integer."""
+    check_choice("scales", scales, SCALES)
+    if scales == "integer" and format != "int4":
+        raise expected("scales with format='nvfp4'", "'amax'", repr(scales))
 
 
 def pad_columns(tensor: torch.Tensor, multiple: int) -> torch.Tensor:
@@ -103,23 +112,36 @@ def _nonzero(scales: torch.Tensor) -> torch.Tensor:
 
 
 def quantize_weight(residual: torch.Tensor, format: str = "int4", group: int = 64,
-                    dtype: torch.dtype = torch.float32) -> Quantized:
-    """residual [N, K] -> 4-bit codes and scales; `dtype` is the one that scales are stored in."""
+                    dtype: torch.dtype = torch.float32, scales: str = "amax",
+                    importance: torch.Tensor | None = None) -> Quantized:
+    """residual [N, K] -> 4-bit codes and scales; `dtype` is the one that scales are stored in.
+
+    scales      "amax": max|r| / 7 of each group. "integer" (int4): multiples of one scale a channel (scales.py)
+    importance  [K] >= 0, for "integer": what an error of each column counts, the mean square of what it meets
+    """
     group = group_size(format, group)
+    check_scales(scales, format)
     grouped = _grouped(residual.float(), group)
     amax = grouped.abs().amax(-1)  # [N, G]
     if format == "int4":
         tensor_scale = None
-        scales = _nonzero((amax / 7).to(dtype).float())
-        codes = (grouped / scales[..., None]).round().clamp(-7, 7).to(torch.int8)
+        steps = _nonzero((amax / 7).to(dtype).float())
+        _check_steps(steps, dtype)
+        if scales == "integer":
+            steps = integer_scales(grouped, dtype, None if importance is None else _grouped(importance.float(), group))
+        codes = (grouped / steps[..., None]).round().clamp(-7, 7).to(torch.int8)
     else:
         top = (amax / 6).amax() if amax.numel() else amax.new_zeros(())
         tensor_scale = _nonzero((top / E4M3_MAX).to(dtype).float()).reshape(1)
-        scales = _nonzero((amax / 6 / tensor_scale).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float())
-        codes = e2m1_codes(grouped / (scales * tensor_scale)[..., None])
-    if not bool(torch.isfinite(scales).all()):
+        steps = _nonzero((amax / 6 / tensor_scale).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float())
+        codes = e2m1_codes(grouped / (steps * tensor_scale)[..., None])
+        _check_steps(steps, dtype)
+    return Quantized(codes.flatten(-2)[..., :residual.shape[-1]], steps, tensor_scale, format, group)
+
+
+def _check_steps(steps: torch.Tensor, dtype: torch.dtype) -> None:
+    if not bool(torch.isfinite(steps).all()):
         raise expected("weight", f"values whose group scales are finite in {dtype}", "scales with NaN or infinity")
-    return Quantized(codes.flatten(-2)[..., :residual.shape[-1]], scales, tensor_scale, format, group)
 
 
 def activation_codes(z: torch.Tensor, activation: str, unsigned: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from triskele.quantize.formats import fake_quantize_activation, quantize_weight
-from triskele.quantize.svd import output_error, truncated_svd
+from triskele.quantize.svd import mean_square, output_error, truncated_svd
 
 GRID = ((0.0, 0.0), *((i / 20, 0.0) for i in range(1, 20)), *((i / 20, 1 - i / 20) for i in range(1, 20)))
 
@@ -39,7 +39,7 @@ def smoothed_activations(x, smooth, activation: str, shift: float = 0.0):
 
 
 def search_smooth(weight, activations, rank: int = 32, *, format="int4", group=64, activation="int8", shift=0.0,
-                  svd=None, seed=0, dtype=torch.float32) -> SmoothSearch:
+                  svd=None, seed=0, dtype=torch.float32, scales="amax") -> SmoothSearch:
     """The published search: each of 39 (alpha, beta), one SVD a candidate, quantization on; the last among equals wins.
 
     weight [N, K] and activations [M, K] in the dtype to compute with (float32 or float64).
@@ -52,7 +52,7 @@ def search_smooth(weight, activations, rank: int = 32, *, format="int4", group=6
         smoothed = weight * smooth.to(weight.dtype)
         up, down = truncated_svd(smoothed, rank, svd, seed)
         residual = smoothed - up @ down
-        quantized = quantize_weight(residual, format, group, dtype).dequantize(weight.dtype)
+        quantized = quantize_weight(residual, format, group, dtype, scales, mean_square(z)).dequantize(weight.dtype)
         errors.append(output_error(residual, quantized, z, zq))
         if best is None or errors[-1] <= errors[best[0]]:
             best = (i, smooth)

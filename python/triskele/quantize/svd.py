@@ -58,18 +58,25 @@ def output_error(residual, quantized, z=None, zq=None) -> float:
     return float(difference.double().square().sum())
 
 
+def mean_square(z: torch.Tensor) -> torch.Tensor:
+    """Of each column, float32 [K]; relative to the largest, so that no power of it overflows."""
+    top = z.abs().amax()
+    return (z / torch.where(top > 0, top, torch.ones_like(top))).square().mean(0).float()
+
+
 def low_rank_branch(weight, rank: int, z=None, zq=None, *, format="int4", group=64, dtype=torch.float32,
-                    iterations=100, early_stop=True, svd=None, seed=0) -> LowRankResult:
+                    iterations=100, early_stop=True, svd=None, seed=0, scales="amax") -> LowRankResult:
     """The alternation above on a smoothed weight [N, K].
 
     z, zq       activations divided by smooth, as they are and fake-quantized [M, K]; None: the error of the weight
     early_stop  end at the first round that is worse than the one before
     """
     errors, best, quantized_part = [], None, 0
+    importance = None if z is None else mean_square(z)
     for i in range(iterations):
         up, down = truncated_svd(weight - quantized_part, rank, svd, seed)
         residual = weight - up @ down
-        quantized = quantize_weight(residual, format, group, dtype)
+        quantized = quantize_weight(residual, format, group, dtype, scales, importance)
         quantized_part = quantized.dequantize(weight.dtype)
         errors.append(output_error(residual, quantized_part, z, zq))
         if best is None or errors[-1] < errors[best[0]]:

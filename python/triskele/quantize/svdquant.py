@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from triskele.checks import check_choice, check_int, check_shape, check_tensor, expected
-from triskele.quantize.formats import ACTIVATIONS, group_size, pack_nibbles, pad_columns, quantize_weight
+from triskele.quantize.formats import ACTIVATIONS, check_scales, group_size, pack_nibbles, pad_columns, quantize_weight
 from triskele.quantize.smooth import SmoothSearch, search_smooth, smoothed_activations
-from triskele.quantize.svd import low_rank_branch, output_error
+from triskele.quantize.svd import low_rank_branch, mean_square, output_error
 from triskele.quantize.weight import SVDQWeight
 
 GELU_SHIFT = 0.171875  # GELU >= -0.17; the published constant, exact in every 16-bit format
@@ -42,7 +42,8 @@ def _storage_dtype(weight, dtype) -> torch.dtype:
 
 
 def svd_quantize(weight, activations=None, rank=32, group=64, format="int4", activation="int8", *, smooth="search",
-                 iterations=None, early_stop=True, svd=None, shift=0.0, dtype=None, seed=0) -> SVDQWeight:
+                 iterations=None, early_stop=True, svd=None, shift=0.0, dtype=None, seed=0,
+                 scales="amax") -> SVDQWeight:
     """W diag(smooth) = R + L, rank(L) = rank, R in 4 bits: y = quant(x / smooth) R^T + x lora_down^T lora_up^T.
 
     weight       [N, K], any floating dtype
@@ -58,6 +59,8 @@ def svd_quantize(weight, activations=None, rank=32, group=64, format="int4", act
     shift        0.171875 after a GELU: x + shift >= 0 is what R sees; int4 activations are then unsigned
     dtype        of scales and factors: None is the weight's (float32 for float64). Smooth and factors are rounded
                  before the residual is taken, so R makes up for their rounding
+    scales       "amax": max|r| / 7 of a group. "integer" (int4): small multiples of one scale an output channel, chosen
+                 by error, which kernels multiply without floating point inside a channel; in every Q above
 
     Raises ValueError for a rank above min(N, K), NaN or infinity anywhere, and shapes that do not fit.
     Source: arXiv 2411.05007, sections 4.1 and 4.2.
@@ -68,6 +71,7 @@ def svd_quantize(weight, activations=None, rank=32, group=64, format="int4", act
         raise expected("weight", "at least one row and one column", list(weight.shape))
     check_int("rank", rank, low=0, high=min(n, k))
     group = group_size(format, group)
+    check_scales(scales, format)
     check_choice("activation", activation, ACTIVATIONS)
     check_int("iterations", 1 if iterations is None else iterations, low=1)
     dtype = _storage_dtype(weight, dtype)
@@ -89,40 +93,40 @@ def svd_quantize(weight, activations=None, rank=32, group=64, format="int4", act
         if shift > 0 and float(x.min()) < -shift:
             raise expected("activations", f"values >= -shift = {-shift}", float(x.min()))
 
-    options = dict(format=format, group=group, dtype=dtype, svd=svd, seed=seed)
+    options = dict(format=format, group=group, dtype=dtype, svd=svd, seed=seed, scales=scales)
     search = None
     if isinstance(smooth, torch.Tensor):
         check_shape("smooth", smooth, (k,))
         _finite("smooth", smooth)
-        scales = smooth.detach().to(weight.device).float()
+        smoothing = smooth.detach().to(weight.device).float()
     elif smooth not in ("search", None):
         raise expected("smooth", "'search', None or a tensor", repr(smooth))
     elif smooth == "search" and x is not None:
         search = search_smooth(weight, x, rank, activation=activation, shift=shift, **options)
-        scales = search.smooth
+        smoothing = search.smooth
     else:
-        scales = torch.ones(k, device=weight.device)
-    scales = scales.to(dtype)
-    if not bool(((scales > 0) & torch.isfinite(scales)).all()):
-        raise expected("smooth", f"positive values that are finite in {dtype}", float(scales.min()))
+        smoothing = torch.ones(k, device=weight.device)
+    smoothing = smoothing.to(dtype)
+    if not bool(((smoothing > 0) & torch.isfinite(smoothing)).all()):
+        raise expected("smooth", f"positive values that are finite in {dtype}", float(smoothing.min()))
 
-    smoothed = weight * scales.to(compute)
+    smoothed = weight * smoothing.to(compute)
     z = zq = None
     if x is not None:
-        z, zq = smoothed_activations(x, scales, activation, shift)
+        z, zq = smoothed_activations(x, smoothing, activation, shift)
     iterations = (10 if x is None else 100) if iterations is None else iterations
     branch = low_rank_branch(smoothed, rank, z, zq, iterations=iterations, early_stop=early_stop, **options)
 
-    lora_down = (branch.down / scales.to(compute)).to(dtype)
+    lora_down = (branch.down / smoothing.to(compute)).to(dtype)
     lora_up = branch.up.to(dtype)
-    residual = smoothed - lora_up.to(compute) @ (lora_down.to(compute) * scales.to(compute))
-    quantized = quantize_weight(residual, format, group, dtype)
+    residual = smoothed - lora_up.to(compute) @ (lora_down.to(compute) * smoothing.to(compute))
+    quantized = quantize_weight(residual, format, group, dtype, scales, None if z is None else mean_square(z))
     error = output_error(residual, quantized.dequantize(compute), z, zq)
     norm = float((smoothed if z is None else z @ smoothed.T).double().square().sum())
     report = Calibration(search, branch.errors, branch.best, (error / norm) ** 0.5 if norm else 0.0)
     return SVDQWeight(
         pack_nibbles(pad_columns(quantized.codes, group)),
-        quantized.scales.to(torch.float8_e4m3fn if format == "nvfp4" else dtype), lora_down, lora_up, scales, k,
+        quantized.scales.to(torch.float8_e4m3fn if format == "nvfp4" else dtype), lora_down, lora_up, smoothing, k,
         format, activation, quantized.tensor_scale, float(shift), report)
 
 

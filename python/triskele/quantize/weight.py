@@ -9,6 +9,7 @@ import torch
 
 from triskele.checks import check_choice, check_same, check_shape, check_tensor, expected
 from triskele.quantize.formats import ACTIVATIONS, FORMATS, dequantize, group_size, unpack_nibbles
+from triskele.quantize.scales import are_integer
 
 
 def _check_finite(name: str, tensor: torch.Tensor) -> None:
@@ -89,6 +90,10 @@ class SVDQWeight:
     def group(self) -> int:
         """Columns that share a scale."""
         return self.qweight.shape[1] * 2 // self.wscales.shape[1]
+
+    def has_integer_scales(self) -> bool:
+        """Whether each channel's scales are multiples 1 … 18 of one number, as `scales="integer"` makes them."""
+        return self.format == "int4" and are_integer(self.wscales)
 
     @property
     def codes(self) -> torch.Tensor:

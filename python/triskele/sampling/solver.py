@@ -233,6 +233,8 @@ class Solver:
         if not isinstance(eps, torch.Tensor) or eps.shape != shape:
             got = list(eps.shape) if isinstance(eps, torch.Tensor) else type(eps).__name__
             raise expected("denoiser output", f"shape {list(shape)}", got)
+        if not eps.is_floating_point():
+            raise expected("denoiser output", "a floating dtype", eps.dtype)
         if eps.device != self._device:
             raise expected("denoiser output", f"the device of noise ({self._device})", eps.device)
         eps = eps.detach().reshape(rows, self._samples.shape[1])
@@ -283,11 +285,11 @@ def solve(denoiser: Callable, system: TriangularSystem, noise: torch.Tensor, win
     predictor       guess of a row that enters the window: "velocity" (the sampler's equation, ε continued along a
                     line) or "copy" (of its neighbour, as published; None is the same)
     max_iterations  rounds; reached: returned with converged=False, the states left being guesses
-    backend         of the step's kernels: "auto", "cuda", "cpu", "reference"
+    backend         of the step's kernels: "auto", "cuda", "triton", "cpu", "reference"
 
-    Returns `Result`. Raises ValueError on bad arguments and on a denoiser output of the wrong shape; NonFiniteError (a
-    ValueError and a FloatingPointError), naming round and timestep, on a NaN or infinity from the denoiser.
-    Source: arXiv 2402.09970, with the differences listed in docs/sampling.md.
+    Returns `Result`. Raises ValueError on bad arguments and on a denoiser output of the wrong shape, dtype or device;
+    NonFiniteError (a ValueError and a FloatingPointError), naming round and timestep, on a NaN or infinity from the
+    denoiser. Source: arXiv 2402.09970, with the differences listed in docs/sampling.md.
     """
     solver = Solver(system, noise, window=window, order=order, memory=memory, tolerance=tolerance, criterion=criterion,
                     ridge=ridge, ridge_mode=ridge_mode, init=init, start=start, predictor=predictor,

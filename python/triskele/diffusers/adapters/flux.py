@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from triskele.diffusers.gelu import linear_then_gelu
 from triskele.diffusers.interface import Adapter, AttentionSites, Site
 from triskele.diffusers.modulation import gated, modulate, plain_norms
 from triskele.diffusers.processor import SparseProcessor, key_mask_of
@@ -71,7 +72,7 @@ def _single_block(block, hidden_states, encoder_hidden_states, temb, image_rotar
     shift, scale, gate = block.norm.linear(block.norm.silu(temb)).chunk(3, dim=1)
     y = modulate(block.norm.norm, x, scale, shift)
     attended = block.attn(hidden_states=y, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
-    y = block.proj_out(torch.cat([attended, block.act_mlp(block.proj_mlp(y))], dim=2))
+    y = block.proj_out(torch.cat([attended, linear_then_gelu(block.proj_mlp, block.act_mlp, y)], dim=2))
     x = gated(x, y, gate)
     return x[:, :text], x[:, text:]
 
