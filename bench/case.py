@@ -11,13 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
-from timing import OnThreads
+from timing import FAILURES, OnThreads
 
 F32, B16 = torch.float32, torch.bfloat16
 SETS = 3  # of inputs, rotated
-FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ImportError, ArithmeticError, OSError,
-            AssertionError, MemoryError)
-"""What a case or a peer may raise without ending the run: all but what ends a program."""
 
 
 @dataclass
@@ -64,6 +61,18 @@ class Case:
 
 def error_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
+def set_up(name: str, make: Callable[[], Callable], calls: dict, absent: dict) -> None:
+    """Add a peer: `make` imports what it needs and returns its call. What that raises is why the peer is absent.
+
+    The one way by which a peer joins a case: a package that is broken costs its own column, and not our row. (Its calls
+    are guarded by bench/run.py.)
+    """
+    try:
+        calls[name] = make()
+    except FAILURES as error:
+        absent[name] = f"cannot be set up: {error_line(error)}"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

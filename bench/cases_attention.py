@@ -6,7 +6,7 @@ import math
 
 import peers_attention as peers
 import torch
-from case import B16, F32, Calls, Case, drifting, dtype_name, thread_scaling
+from case import B16, F32, Calls, Case, drifting, dtype_name, set_up, thread_scaling
 from timing import rotating
 
 import triskele as tk
@@ -36,11 +36,12 @@ def sla_forward(dtype, batch, heads, length, dim, keep, scope="all", *, target=N
             return tk.ops.sparse_linear_attention(q, k, v, _routed(q, k, keep), block_q=BLOCK_Q, block_k=BLOCK_K,
                                                   scope=scope, proj_weight=weight, proj_bias=bias)
 
-        found, absent = peers.forward(inputs)
+        found, absent = peers.forward(inputs, backends=target is not None)
         if flex:
-            found |= peers.flex(inputs, [_routed(q, k, keep) for q, k, _ in inputs], BLOCK_Q, BLOCK_K)
-        for name, (call, why) in peers.checkouts(inputs, keep).items():
-            found, absent = (found, absent | {name: why}) if why else (found | {name: call}, absent)
+            set_up(peers.FLEX, lambda: peers.flex(inputs, [_routed(q, k, keep) for q, k, _ in inputs], BLOCK_Q,
+                                                  BLOCK_K), found, absent)
+        others, why = peers.checkouts(inputs, keep)
+        found, absent = found | others, absent | why
         tokens = batch * heads * length
         flops = tokens * (4 * _kept(keep, length) * dim + 6 * dim * dim)
         return Calls(rotating(ours, inputs), found, absent, flops, 4 * tokens * dim * dtype.itemsize, dtype_name(dtype))
@@ -61,7 +62,8 @@ def sla_backward(dtype, batch, heads, length, dim, keep, *, target=None, curves=
                                                   proj_weight=weight)
 
         tokens = batch * heads * length
-        return Calls(peers.backward_of(attention, inputs, [weight]), peers.backward(inputs), {},
+        found, absent = peers.backward(inputs, backends=target is not None)
+        return Calls(peers.backward_of(attention, inputs, [weight]), found, absent,
                      tokens * (10 * _kept(keep, length) * dim + 14 * dim * dim), 8 * tokens * dim * dtype.itemsize,
                      dtype_name(dtype))
 
@@ -98,10 +100,10 @@ def vmoba_forward(dtype, heads, length, dim, density, *, target=None, curves=(),
     def make(device):
         inputs = drifting(device, dtype, 1, heads, length, dim)
         attention, chunk, top_k = _vmoba(length, density)
-        found, absent = peers.forward(inputs)
+        found, absent = peers.forward(inputs, backends=target is not None)
         absent["flex_attention on VMoBA"] = "a block mask cannot express a selection by query"
-        call, why = peers.vmoba_checkout(inputs, chunk, top_k)
-        found, absent = (found, absent | {"vmoba": why}) if why else (found | {"vmoba": call}, absent)
+        others, why = peers.vmoba_checkout(inputs, chunk, top_k)
+        found, absent = found | others, absent | why
         tokens = heads * length
         return Calls(rotating(attention, inputs), found, absent, tokens * 4 * top_k * chunk * dim,
                      4 * tokens * dim * dtype.itemsize, dtype_name(dtype))
@@ -117,7 +119,8 @@ def vmoba_backward(dtype, heads, length, dim, density, *, target=None, label="")
         inputs = drifting(device, dtype, 1, heads, length, dim)
         attention, chunk, top_k = _vmoba(length, density)
         tokens = heads * length
-        return Calls(peers.backward_of(attention, inputs, []), peers.backward(inputs), {},
+        found, absent = peers.backward(inputs, backends=target is not None)
+        return Calls(peers.backward_of(attention, inputs, []), found, absent,
                      tokens * 10 * top_k * chunk * dim, 8 * tokens * dim * dtype.itemsize, dtype_name(dtype))
 
     name = f"vmoba_backward {dtype_name(dtype)} H{heads} L{length} D{dim} density {density:g}"

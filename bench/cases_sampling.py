@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-
+import peers_taa
 import torch
 import torch.nn.functional as F
-from case import B16, F32, SETS, Calls, Case, dtype_name, thread_scaling
+from case import B16, F32, SETS, Calls, Case, dtype_name, set_up, thread_scaling
 from timing import rotating
 
 import triskele as tk
@@ -40,16 +39,9 @@ def taa_step(steps, latent, *, target=None, curves=(), label=""):
         traffic = 9 * steps * size * 4
         copies = [(torch.randn(traffic // 8, device=device), torch.empty(traffic // 8, device=device))
                   for _ in range(SETS)]
-        peers = {"copy of as many bytes": rotating(lambda source, to: to.copy_(source), copies)}
-        absent = {}
-        if importlib.util.find_spec("peers_taa") is None:
-            absent["published step in torch"] = "bench/peers_taa.py is missing"
-        else:
-            import peers_taa
-
-            peers["published step in torch"] = rotating(
-                peers_taa.published_step(a, b[:, 0], c), inputs)
-        return Calls(rotating(step, inputs), peers, absent, 40 * steps * size, traffic, "float32")
+        peers = {"copy of as many bytes": rotating(lambda source, to: to.copy_(source), copies),
+                 "published step in torch": rotating(peers_taa.published_step(a, b[:, 0], c), inputs)}
+        return Calls(rotating(step, inputs), peers, {}, 40 * steps * size, traffic, "float32")
 
     shape = "x".join(map(str, latent))
     targets = {"published step in torch": target, "copy of as many bytes": 0.5} if target else {}
@@ -79,7 +71,7 @@ def adaln_modulate(dtype, batch, tokens, channels):
             return normed * (1 + scale[rows][:, None]) + shift[rows][:, None]
 
         return Calls(rotating(lambda x: tk.ops.adaln_modulate(x, scale, shift, rows), inputs),
-                     _eager_and_compiled(torch_way, inputs), {}, 8 * x[0].numel(),
+                     *_eager_and_compiled(torch_way, inputs), 8 * x[0].numel(),
                      2 * x[0].numel() * dtype.itemsize, "float32")
 
     name = f"adaln_modulate {dtype_name(dtype)} B{batch} L{tokens} C{channels}"
@@ -94,7 +86,7 @@ def gate_residual(dtype, batch, tokens, channels):
         x, residual, gate, _, rows = _modulation(dtype, batch, tokens, channels, device)
         inputs = list(zip(residual, x))
         return Calls(rotating(lambda residual, x: tk.ops.gate_residual(residual, x, gate, rows), inputs),
-                     _eager_and_compiled(lambda residual, x: residual + x * gate[rows][:, None], inputs), {},
+                     *_eager_and_compiled(lambda residual, x: residual + x * gate[rows][:, None], inputs),
                      2 * x[0].numel(), 3 * x[0].numel() * dtype.itemsize, "float32")
 
     return Case(f"gate_residual {dtype_name(dtype)} B{batch} L{tokens} C{channels}", "adaln", make,
@@ -102,8 +94,11 @@ def gate_residual(dtype, batch, tokens, channels):
 
 
 def _eager_and_compiled(function, inputs):
+    """(calls, absent)."""
     torch._dynamo.reset()
-    return {"torch eager": rotating(function, inputs), "torch.compile": rotating(torch.compile(function), inputs)}
+    calls, absent = {"torch eager": rotating(function, inputs)}, {}
+    set_up("torch.compile", lambda: rotating(torch.compile(function), inputs), calls, absent)
+    return calls, absent
 
 
 def short() -> list[Case]:

@@ -21,6 +21,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+from gpu_environment import overlay
 
 ROOT = Path(__file__).parent.parent
 
@@ -68,12 +69,18 @@ def built_tree(side: str):
             subprocess.run(["git", "worktree", "remove", "--force", str(tree)], cwd=ROOT, check=True)
 
 
+def side_environment(tree: Path) -> dict[str, str]:
+    """For a process that imports all of triskele from `tree`: where a tree is installed, its own Triton kernels and
+    assets would be found otherwise, since they lie outside python/. The links lie in the tree, for its commit."""
+    site = overlay(tree / "build" / "compare" / "site", tree)
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
 def run_side(tree: Path, out: Path, options: list[str]) -> dict:
-    """One record of our calls alone, in a process that imports triskele from `tree`."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(
-        [str(tree / "python"), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    """One record of our calls alone."""
     command = [sys.executable, str(ROOT / "bench" / "run.py"), "--no-peers", "--out", str(out), *options]
-    subprocess.run(command, env=environment, check=False, stdout=subprocess.DEVNULL)  # 1 where a case failed
+    # The exit status is 1 where a case failed: the record says so.
+    subprocess.run(command, env=side_environment(tree), check=False, stdout=subprocess.DEVNULL)
     return json.loads(out.read_text())
 
 

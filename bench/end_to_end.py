@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import profile_ops
 import torch
+from timing import Timing
 from tqdm import tqdm
 
 import triskele as tk
@@ -31,6 +32,10 @@ from triskele.metrics import psnr, ssim
 ROOT = Path(__file__).parent.parent
 TOKENS_A_FRAME = 64
 PLAIN = "plain"
+AGREE = 0.15
+"""Spread (of the middle half, over the median) of a variant's turns above which they go on, all variants with them."""
+MOST = 6
+"""Turns at most."""
 
 
 @dataclass(frozen=True)
@@ -81,39 +86,46 @@ def generate(pipe, frames: int, steps: int) -> np.ndarray:
                            generator=torch.Generator().manual_seed(0), output_type="np").frames)
 
 
+def spread(seconds: list[float]) -> float:
+    return Timing.of(seconds).spread
+
+
 def measure(chosen: list[Variant], frames: int, steps: int, turns: int, profiled: bool) -> dict:
-    """One clip length: a row a variant, all of them taking turns."""
+    """One clip length: a row a variant, all of them taking turns, at least `turns`, at most `MOST` until they agree."""
     pipes = [prepared(variant) for variant in tqdm(chosen, desc="loading", leave=False)]
     seconds: list[list[float]] = [[] for _ in chosen]
     clips: list[np.ndarray | None] = [None] * len(chosen)
-    with tqdm(total=len(chosen) * (turns + 1), desc=f"{frames} frames") as bar:
-        for turn in range(turns + 1):
+    for pipe in tqdm(pipes, desc="warming up", leave=False):
+        generate(pipe, frames, 1)
+    with tqdm(desc=f"{frames} frames") as bar:
+        while len(seconds[0]) < turns or (max(map(spread, seconds)) > AGREE and len(seconds[0]) < MOST):
             for i, pipe in enumerate(pipes):
                 start = time.perf_counter()
-                clip = generate(pipe, frames, steps if turn else 1)  # the first turn, of one step, warms up
-                if turn:
-                    seconds[i].append(time.perf_counter() - start)
-                    clips[i] = clip
+                clips[i] = generate(pipe, frames, steps)
+                seconds[i].append(time.perf_counter() - start)
                 bar.update()
     rows = []
     for i, variant in enumerate(chosen):
         base = next(j for j, other in enumerate(chosen) if other.plain and other.dtype == variant.dtype)
         row = {"name": variant.name, "note": variant.note, "dtype": str(variant.dtype)[6:],
-               "seconds": statistics.median(seconds[i]), "all_seconds": seconds[i],
+               "seconds": statistics.median(seconds[i]), "all_seconds": seconds[i], "spread": spread(seconds[i]),
                "ratio": statistics.median(seconds[base]) / statistics.median(seconds[i]),
                "psnr": None if variant.plain else psnr(clips[i], clips[base]),
                "ssim": 1.0 if variant.plain else ssim(clips[i], clips[base])}
         if profiled:
             row["profile_ms"] = profile_ops.of_module(pipes[i].transformer, lambda i=i: generate(pipes[i], frames, 1))
         rows.append(row)
-    return {"frames": frames, "tokens": frames * TOKENS_A_FRAME, "steps": steps, "turns": turns, "rows": rows}
+    return {"frames": frames, "tokens": frames * TOKENS_A_FRAME, "steps": steps, "turns": len(seconds[0]),
+            "rows": rows}
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, nargs="+", default=[128, 192], help="the first one is profiled")
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--turns", type=int, default=3, help="for the first length; one for the others")
+    parser.add_argument("--turns", type=int, default=3,
+                        help=f"at least, for the first length; two for the others; more while a variant's disagree by "
+                             f"over {AGREE * 100:.0f} percent, up to {MOST}")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "cpu" / "end_to_end.json")
     args = parser.parse_args(arguments)
@@ -121,7 +133,8 @@ def main(arguments: list[str] | None = None) -> int:
     record = {"kind": "end_to_end", "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
               "machine": machine.describe(), "target": 2.0, "clips": []}
     for i, frames in enumerate(args.frames):
-        record["clips"].append(measure(chosen, frames, args.steps, args.turns if i == 0 else 1, i == 0))
+        record["clips"].append(measure(chosen, frames, args.steps, args.turns if i == 0 else min(2, args.turns),
+                                       i == 0))
         for row in record["clips"][-1]["rows"]:
             quality = "" if row["psnr"] is None else f", {row['psnr']:.1f} dB against plain"
             print(f"{frames} frames, {row['dtype']}, {row['name']}: {row['seconds']:.2f} s, {row['ratio']:.2f}x"

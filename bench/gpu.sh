@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# One command for a machine with a GPU: tests, sanitizer, benchmarks, whole blocks, counters, within nine minutes.
+# One command for a machine with a GPU: tests, sanitizer, benchmarks, whole blocks, counters, within nine minutes: what
+# still runs then is ended, whatever it does. LIMIT names other seconds (for --seconds of more than 530).
 #
 #   bench/gpu.sh                          every stage
 #   bench/gpu.sh build tests              these stages
@@ -15,4 +16,8 @@ if [ -z "${PYTHON:-}" ]; then
     if [ -x .venv/bin/python ] && .venv/bin/python -c 'import torch' 2>/dev/null; then PYTHON=.venv/bin/python; fi
 fi
 export PYTHONUNBUFFERED=1
-exec "$PYTHON" bench/gpu_run.py "$@"
+limit=540
+for argument in "$@"; do
+    if [ "$argument" = --dry ]; then limit=2160; fi  # a rehearsal's boxes are four times as long
+done
+exec timeout --foreground -k 5 $((${LIMIT:-$limit} - SECONDS)) "$PYTHON" bench/gpu_run.py "$@"

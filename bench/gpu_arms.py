@@ -84,11 +84,3 @@ def calls(call: Callable[[], object], device: torch.device, *, peers: dict, abse
     first, *others = found
     return Calls(found[first].call, {f"triskele {name}": found[name].call for name in others} | peers, absent, flops,
                  bytes, unit, found[first].chosen, graphed, uncaptured)
-
-
-def peer(name: str, make: Callable[[], Callable], found: dict, absent: dict) -> None:
-    """Add a peer that takes some setting up; what that raises is why it is absent."""
-    try:
-        found[name] = make()
-    except FAILURES as error:
-        absent[name] = f"cannot be set up: {error_line(error)}"

@@ -11,14 +11,17 @@ import peers_linear
 import peers_taa
 import torch
 import torch.nn.functional as F
-from case import B16, F32, SETS, Calls, Case, drifting, dtype_name
-from peers_attention import backward_of
+from calm import BEST_DENSE
+from case import B16, F32, SETS, Calls, Case, drifting, dtype_name, set_up
+from peers_attention import FLEX, backward_of
 from timing import rotating
 
 import triskele as tk
+from triskele._native import cuda_sm90
+from triskele.ops.svdq import cuda_backend
+from triskele.quantize.formats import pack_nibbles
 
 BLOCK_Q, BLOCK_K = 128, 64
-FLEX = "flex_attention, same block map"
 CACHE = 160e6
 """Bytes that a rotation of inputs passes through: three times the L2 of an H100, so that none waits there."""
 WAN = (21, 30, 52)        # 81 x 480 x 832: 32,760 tokens
@@ -65,21 +68,21 @@ def sla_forward(heads, length, dim, keep, scope="all", *, projected=True, peers=
         found, absent = peers_attention.forward(inputs) if peers else ({}, {})
         if peers and projected:
             if device.type == "cuda":
-                gpu_arms.peer(FLEX, lambda: peers_attention.flex(
-                    inputs, [_map(q, k, keep) for q, k, _ in inputs], BLOCK_Q, BLOCK_K)[FLEX], found, absent)
+                set_up(FLEX, lambda: peers_attention.flex(
+                    inputs, [_map(q, k, keep) for q, k, _ in inputs], BLOCK_Q, BLOCK_K), found, absent)
             else:
                 absent[FLEX] = "compiled on a GPU only"
-            for name, (call, why) in peers_attention.checkouts(inputs, keep).items():
-                found, absent = (found, absent | {name: why}) if why else (found | {name: call}, absent)
+            others, why = peers_attention.checkouts(inputs, keep)
+            found, absent = found | others, absent | why
         tokens = heads * length
         flops = tokens * (4 * kept * dim + (6 * dim * dim if projected else 0))
         return gpu_arms.calls(rotating(ours, inputs), device, peers=found, absent=absent, flops=flops,
                               bytes=4 * tokens * dim * dtype.itemsize, unit=dtype_name(dtype),
-                              uncaptured=("thu-ml/SLA",))
+                              uncaptured=(peers_attention.SLA,))
 
     kind = f"sla_forward {scope}" if projected else "sla_core"
     name = f"{kind} {dtype_name(dtype)} H{heads} L{length} D{dim} keep {keep:g}"
-    return gpu_case(name, "sla_forward", make, targets={"the best sdpa": target} if target else {}, label=label)
+    return gpu_case(name, "sla_forward", make, targets={BEST_DENSE: target} if target else {}, label=label)
 
 
 def _map(q, k, keep) -> torch.Tensor:
@@ -99,13 +102,14 @@ def sla_backward(heads, length, dim, keep, scope="all", *, target=None, label=""
                                                   scope=scope, proj_weight=weight)
 
         tokens = heads * length
+        found, absent = peers_attention.backward(inputs)
         return gpu_arms.calls(
-            _backward_by_arm(attention, inputs, [weight]), device, peers=peers_attention.backward(inputs), absent={},
+            _backward_by_arm(attention, inputs, [weight]), device, peers=found, absent=absent,
             flops=tokens * (10 * _kept(keep, length) * dim + 14 * dim * dim), bytes=8 * tokens * dim * dtype.itemsize,
             unit=dtype_name(dtype), graphed=False)
 
     name = f"sla_backward {scope} {dtype_name(dtype)} H{heads} L{length} D{dim} keep {keep:g}"
-    return gpu_case(name, "sla_backward", make, targets={"sdpa": target} if target else {}, label=label)
+    return gpu_case(name, "sla_backward", make, targets={BEST_DENSE: target} if target else {}, label=label)
 
 
 def _backward_by_arm(attention, inputs, parameters):
@@ -153,15 +157,16 @@ def vmoba(grid, chunk, heads, dim, *, top_k=None, threshold=None, backward=False
         seen = length * top_k / len(sizes) if threshold is None else _seen(inputs, partition, settings, sizes)
         tokens = heads * length
         if backward:
+            found, absent = peers_attention.backward(inputs)
             return gpu_arms.calls(
-                _backward_by_arm(attention, inputs, []), device, peers=peers_attention.backward(inputs), absent={},
+                _backward_by_arm(attention, inputs, []), device, peers=found, absent=absent,
                 flops=tokens * 10 * seen * dim, bytes=8 * tokens * dim * dtype.itemsize, unit=dtype_name(dtype),
                 graphed=False)
         found, absent = peers_attention.forward(inputs)
         if len(set(sizes)) == 1 and threshold is None:
             chunked = [tuple(t[:, :, partition.order] for t in qkv) for qkv in inputs]  # outside the timing
-            call, why = peers_attention.vmoba_checkout(chunked, sizes[0], top_k)
-            found, absent = (found, absent | {"vmoba": why}) if why else (found | {"vmoba": call}, absent)
+            others, why = peers_attention.vmoba_checkout(chunked, sizes[0], top_k)
+            found, absent = found | others, absent | why
         else:
             absent["vmoba"] = "compared at top-k over equal chunks"
         return gpu_arms.calls(rotating(attention, inputs), device, peers=found, absent=absent,
@@ -172,8 +177,7 @@ def vmoba(grid, chunk, heads, dim, *, top_k=None, threshold=None, backward=False
     cut = "x".join(map(str, chunk)) if isinstance(chunk, tuple) else chunk
     name = (f"vmoba_{'backward' if backward else 'forward'} {dtype_name(dtype)} H{heads} "
             f"{'x'.join(map(str, grid))} D{dim} chunk {cut} {how}")
-    targets = {"sdpa" if backward else "the best sdpa": target} if target else {}
-    return gpu_case(name, "vmoba", make, targets=targets, label=label)
+    return gpu_case(name, "vmoba", make, targets={BEST_DENSE: target} if target else {}, label=label)
 
 
 def _seen(inputs, partition, settings, sizes) -> float:
@@ -186,23 +190,46 @@ def _seen(inputs, partition, settings, sizes) -> float:
 # ------------------------------------------------------------------------------------------------ linear
 
 @functools.lru_cache(maxsize=2)
-def _weight(inner: int, outer: int, rank: int, activation: str):
-    """Random codes and factors: the speed does not depend on a calibration, which would take longer than the run."""
+def _weight(inner: int, outer: int, rank: int, activation: str, scales: str):
+    """Random codes and factors: the speed does not depend on a calibration, which would take longer than the run. It
+    depends on the scales where they are integer multiples of one a channel, as svd_quantize(scales="integer") makes."""
     generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-7, 8, (outer, inner), dtype=torch.int8, generator=generator)
+    steps = torch.rand(outer, inner // 64, generator=generator) * 0.01 + 0.002
+    if scales == "integer":
+        steps = torch.randint(4, 19, (outer, inner // 64), generator=generator) * 2.0**-10
     weight = tk.quantize.SVDQWeight(
-        torch.randint(0, 256, (outer, inner // 2), dtype=torch.uint8, generator=generator),
-        (torch.rand(outer, inner // 64, generator=generator) * 0.01 + 0.002).to(B16),
+        pack_nibbles(codes), steps.to(B16),
         (torch.randn(rank, inner, generator=generator) / inner**0.5).to(B16),
         torch.randn(outer, rank, generator=generator).to(B16), torch.rand(inner, generator=generator).to(B16) + 0.5,
         inner, activation=activation)
     return weight, torch.randn(outer, inner, generator=generator) / inner**0.5, torch.randn(outer, generator=generator)
 
 
-def linear(rows, inner, outer, rank=32, activation="int8", *, target=None, label="", dtype=B16):
-    """Activation quantization, 4-bit product, low-rank branch and bias; weights rotate too, as layers of a model do."""
+def _other_ways(layers, xs) -> dict:
+    """The other ways of the CUDA kernels to the same product; none where they do not run."""
+    if cuda_sm90():
+        return {}
+    ways = {"group scales after the product": {"in_operand": False}, "no clusters": {"clusters": False},
+            "weights made int8": {"widen": True}}
+
+    def run(layer, x, **options):
+        return cuda_backend.w4a8(x, layer.qweight, layer.wscales, layer.wtscale, layer.lora_down, layer.lora_up,
+                                 layer.smooth, layer.bias, layer.format, layer.activation, layer.shift, **options)
+
+    inputs = list(zip(layers, xs))
+    return {f"triskele cuda, {name}": rotating(torch.no_grad()(functools.partial(run, **options)), inputs)
+            for name, options in ways.items()}
+
+
+def linear(rows, inner, outer, rank=32, activation="int8", scales="amax", *, target=None, label="", dtype=B16):
+    """Activation quantization, 4-bit product, low-rank branch and bias; weights rotate too, as layers of a model do.
+
+    scales  of the weight's groups: "amax" are any numbers; "integer" is also timed in the kernel's other ways
+    """
 
     def make(device) -> Calls:
-        quantized, weight, bias = _weight(inner, outer, rank, activation)
+        quantized, weight, bias = _weight(inner, outer, rank, activation, scales)
         bias = bias.to(device, dtype)
         plain = weight.to(device, dtype)
         count = sets_for(inner * outer / 2 + rows * inner * dtype.itemsize, device)
@@ -214,12 +241,9 @@ def linear(rows, inner, outer, rank=32, activation="int8", *, target=None, label
         found = {f"{library} {dtype_name(dtype)}": rotating(lambda x, w: F.linear(x, w, bias), [
             (xs[i % count], w) for i, w in enumerate(copies)])}
         absent: dict[str, str] = {}
-        for name, setup in (("torchao", peers_linear._torchao), ("gemlite", peers_linear._gemlite)):
-            why = peers_attention.missing(name, device)
-            if why:
-                absent[name] = why
-            else:
-                gpu_arms.peer(name, lambda setup=setup: setup([(x,) for x in xs[:SETS]], plain, bias), found, absent)
+        if scales == "integer":
+            found |= _other_ways(layers, xs)
+        peers_linear.packages([(x,) for x in xs[:SETS]], plain, bias, found, absent)
         flops = 2 * rows * inner * outer + 2 * rows * rank * (inner + outer)
         return gpu_arms.calls(
             rotating(torch.no_grad()(lambda layer, x: layer(x)), list(zip(layers, xs))), device, peers=found,
@@ -227,7 +251,7 @@ def linear(rows, inner, outer, rank=32, activation="int8", *, target=None, label
             unit="int8" if activation == "int8" else dtype_name(dtype))
 
     kind = {"int8": "w4a8", "none": "w4a16", "int4": "w4a4"}[activation]
-    name = f"svdq_{kind} {dtype_name(dtype)} M{rows} K{inner} N{outer} r{rank}"
+    name = f"svdq_{kind} {dtype_name(dtype)} M{rows} K{inner} N{outer} r{rank}{' integer scales' * (scales != 'amax')}"
     return gpu_case(name, "svdq_linear", make, targets={"cuBLAS bfloat16": target} if target else {}, label=label)
 
 
@@ -296,7 +320,7 @@ def modulation(kind, batch, tokens, channels, *, dtype=B16):
         found, absent = {"torch eager": rotating(plain, inputs)}, {}
         if device.type == "cuda":
             torch._dynamo.reset()
-            gpu_arms.peer("torch.compile", lambda: rotating(torch.compile(plain), inputs), found, absent)
+            set_up("torch.compile", lambda: rotating(torch.compile(plain), inputs), found, absent)
         else:
             absent["torch.compile"] = "a GPU's"
         return gpu_arms.calls(rotating(ours, inputs), device, peers=found, absent=absent, flops=8 * size,
@@ -314,6 +338,9 @@ def short() -> list[Case]:
     found = [sla_forward(*wan, target=13.0, label="SLA forward, Wan 480p × 81 frames, keep 5 %")]
     found += [linear(4608, inner, outer, target=1.4, label=f"W4A8 linear, {inner} → {outer}, M = 4,608")
               for inner in (3072, 12288) for outer in (3072, 12288)]
+    found += [linear(rows, inner, outer, scales="integer", target=1.4,
+                     label=f"W4A8 linear, integer scales, {inner} → {outer}, M = {rows:,}")
+              for rows, inner, outer in ((4608, 3072, 12288), (4608, 12288, 3072), (4096, 3072, 3072))]
     found += [taa_step(100, (4, 64, 64), target=10.0, label="TAA step, T = 100, 4×64×64 latents"),
               sla_backward(*wan, target=8.0, label="SLA backward, Wan 480p × 81 frames, keep 5 %")]
     found += [sla_forward(*wan, scope, peers=False) for scope in ("complement", "marginal")]
@@ -345,5 +372,5 @@ def dry() -> list[Case]:
             sla_forward(1, 256, 16, 0.5, projected=False, peers=False), sla_backward(1, 256, 16, 0.5),
             routing(1, 256, 16, 0.5), vmoba((2, 4, 6), (2, 3), 1, 16, top_k=2),
             vmoba((2, 4, 6), 1, 1, 16, threshold=0.25), vmoba((2, 4, 6), (2, 3), 1, 16, top_k=2, backward=True),
-            linear(3, 128, 64, 16), taa_step(6, (1, 4, 4)),
+            linear(3, 128, 64, 16), linear(3, 128, 64, 16, scales="integer"), taa_step(6, (1, 4, 4)),
             modulation("modulate", 2, 8, 32), modulation("gate", 2, 8, 32)]

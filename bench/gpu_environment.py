@@ -25,22 +25,33 @@ def folder_name(device_name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
 
 
-def overlay(folder: Path) -> Path:
-    """A folder for PYTHONPATH in which `triskele` is whole without being installed: links to the tree's three parts."""
+def overlay(folder: Path, root: Path = ROOT) -> Path:
+    """A folder for PYTHONPATH in which the `triskele` of the tree `root` is whole without being installed: links to its
+    three parts. They come before what an installed tree's finder would say of `triton_kernels` and `assets`."""
     package = folder / "triskele"
     package.mkdir(parents=True, exist_ok=True)
-    parts = [*(ROOT / "python" / "triskele").iterdir(), ROOT / "triton_kernels", ROOT / "assets"]
+    parts = {part.name: part for part in (*(root / "python" / "triskele").iterdir(), root / "triton_kernels",
+                                          root / "assets") if part.name != "__pycache__"}
     for link in package.iterdir():
-        if not link.exists():  # what it led to is gone
-            link.unlink()
-    for part in parts:
-        link = package / part.name
-        if part.name != "__pycache__" and not link.exists():
-            link.symlink_to(part)
+        if link.is_symlink() and (link.name not in parts or link.resolve() != parts[link.name].resolve()):
+            link.unlink()  # what it led to is gone, or is of another tree
+    for name, part in parts.items():
+        if not (package / name).exists():
+            (package / name).symlink_to(part)
     return folder
 
 
 OUT_OF_TIME = 124
+REAPING = 5.0
+"""Seconds that a process gets to be gone after SIGKILL: one that is stuck in the driver never is."""
+
+
+def reap(child: subprocess.Popen, seconds: float = REAPING) -> None:
+    """Wait for a child that was killed; where it does not end, that is said, and it is left behind."""
+    try:
+        child.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        print(f"process {child.pid} does not end although it was killed; going on without it", flush=True)
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,7 @@ def run_all(commands: dict[str, list[str]], seconds: float, env: dict[str, str] 
         for child, _ in children.values():
             if child.poll() is None:
                 os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
+                reap(child)
         signal.signal(signal.SIGTERM, before)
     found = {}
     for name, (_, file) in children.items():

@@ -2,6 +2,8 @@
 
     python bench/gpu_run.py [--dry] [--seconds 530] [--out FOLDER] [stage ...]
 
+bench/gpu.sh ends it from outside where it is not done by then.
+
 The records go to FOLDER/<device>/ (default: $OUT, then bench/results; a dry run: build/gpu-dry): run.json (the stages,
 how they ended, the build), tests.json, sanitizer.json, bench.json, blocks.json, ncu.json and log.txt. The exit status
 is 1 where a stage failed.
@@ -21,10 +23,16 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from gpu_environment import ROOT, folder_name, overlay
+from gpu_environment import OUT_OF_TIME, ROOT, folder_name, overlay, reap, run_all
 
 NOTHING_TO_DO = 77
 """Exit status of a stage whose tool is not on this machine: said, and no failure."""
+
+ENDED = 128 + signal.SIGTERM
+"""Exit status of this process where it is told to end, as bench/gpu.sh does after nine minutes."""
+
+ASKING = 90.0
+"""Seconds for torch's import and the driver's answer."""
 
 PATIENCE = 4
 """A rehearsal's boxes are so many times as long: it may share its cores."""
@@ -42,7 +50,8 @@ class Stage:
 def _tests(dry: bool) -> tuple[str, ...]:
     command = ["-m", "pytest", "tests/gpu", "-p", "no:cacheprovider", "-q", "--no-header", "--tb=short", "-ra"]
     if not dry and importlib.util.find_spec("xdist"):
-        command += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal"]
+        # One test at a time to each worker, in their order: what a time box cuts off are the last families alone.
+        command += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "load", "--maxschedchunk", "1"]
     if not dry and importlib.util.find_spec("pytest_timeout"):
         command += ["--timeout", "60", "--timeout-method", "thread"]  # a hung kernel ends its worker, not the run
     return tuple(command)
@@ -104,22 +113,28 @@ def run(command: tuple[str, ...], seconds: float, env: dict[str, str], log) -> i
     os.set_blocking(child.stdout.fileno(), False)
     end = time.monotonic() + seconds
     status = None
-    while status is None and time.monotonic() < end:
+    try:
+        while status is None and time.monotonic() < end:
+            _copy(child.stdout.fileno(), log)
+            status = child.poll()
+            time.sleep(0.05)
+    finally:  # also where this process is told to end
+        if status is None:
+            status = OUT_OF_TIME
+            _stop(child)
         _copy(child.stdout.fileno(), log)
-        status = child.poll()
-        time.sleep(0.05)
-    if status is None:
-        status = 124
-        for signalled in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(child.pid, signalled)  # its own session: this stage and what it started
-            except ProcessLookupError:
-                break
-            time.sleep(1.0)
-        child.wait()
-    _copy(child.stdout.fileno(), log)
-    child.stdout.close()
+        child.stdout.close()
     return status
+
+
+def _stop(child: subprocess.Popen) -> None:
+    for signalled in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(child.pid, signalled)  # its own session: this stage and what it started
+        except ProcessLookupError:
+            break
+        time.sleep(1.0)
+    reap(child, 1.0)
 
 
 def _copy(pipe: int, log) -> None:
@@ -137,12 +152,15 @@ def _copy(pipe: int, log) -> None:
 
 
 def device_of(dry: bool) -> str | None:
-    """The folder's name; None where there is no GPU and none is played."""
-    import torch
-
+    """The folder's name; None where there is no GPU and none is played. A process of its own asks, which may hang."""
     if dry:
         return "dry"
-    return folder_name(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    ask = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
+    found = run_all({"device": [sys.executable, "-W", "ignore", "-c", ask]}, ASKING)["device"]
+    name = found.output.strip().rsplit("\n", 1)[-1]
+    if found.status:
+        print(f"asking torch for the device: exit status {found.status}, {name}", flush=True)
+    return folder_name(name) if name and not found.status else None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -153,6 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder of the records' folder")
     parser.add_argument("--list", action="store_true", help="print the stages")
     args = parser.parse_args(arguments)
+    start = time.monotonic()  # torch's import counts
     known = stages(args.dry)
     if args.list:
         print("\n".join(f"{name:<11}{stage.seconds:>4} s  {stage.what}" for name, stage in known.items()))
@@ -166,11 +185,14 @@ def main(arguments: list[str] | None = None) -> int:
     default = ROOT / "build" / "gpu-dry" if args.dry else Path(os.environ.get("OUT") or ROOT / "bench" / "results")
     out = ((args.out or default) / device).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    return _all(chosen, known, args, out)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(ENDED))
+    try:
+        return _all(chosen, known, args, out, start)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def _all(chosen: list[str], known: dict[str, Stage], args, out: Path) -> int:
-    start = time.monotonic()
+def _all(chosen: list[str], known: dict[str, Stage], args, out: Path, start: float) -> int:
     record = {"kind": "gpu_run", "dry": args.dry, "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
               "stages": {}}
     with (out / "log.txt").open("w") as log:
@@ -184,12 +206,14 @@ def _all(chosen: list[str], known: dict[str, Stage], args, out: Path) -> int:
             sizes = dict(out=out, box=int(seconds * 0.95), budget=int(seconds * 0.8))
             command = tuple(part.format(**sizes) for part in known[name].command)
             (out / f"{name}.json").unlink(missing_ok=True)  # an old one must not pass for this run's
-            begin = time.monotonic()
-            status = run(command, seconds, environment(args.dry, out), log)
-            record["stages"][name] = {"status": status, "seconds": round(time.monotonic() - begin, 1),
-                                      "box": round(seconds, 1), "result": _result(status)}
-            _tidy(name, status, out, record)
-        (out / "run.json").write_text(json.dumps(record, indent=1) + "\n")
+            begin, status = time.monotonic(), ENDED
+            try:
+                status = run(command, seconds, environment(args.dry, out), log)
+            finally:  # what there is stays where this process is ended from outside
+                record["stages"][name] = {"status": status, "seconds": round(time.monotonic() - begin, 1),
+                                          "box": round(seconds, 1), "result": _result(status)}
+                _tidy(name, out, record)
+                (out / "run.json").write_text(json.dumps(record, indent=1) + "\n")
     for name, stage in record["stages"].items():
         print(f"{name:<11}{stage['result']:<14}{stage['seconds']:6.1f} s")
     print(f"records: {out} ({time.monotonic() - start:.0f} s in all)")
@@ -197,10 +221,11 @@ def _all(chosen: list[str], known: dict[str, Stage], args, out: Path) -> int:
 
 
 def _result(status: int) -> str:
-    return {0: "passed", 124: "out of time", NOTHING_TO_DO: "nothing to do"}.get(status, "failed")
+    return {0: "passed", OUT_OF_TIME: "out of time", ENDED: "ended from outside",
+            NOTHING_TO_DO: "nothing to do"}.get(status, "failed")
 
 
-def _tidy(name: str, status: int, out: Path, record: dict) -> None:
+def _tidy(name: str, out: Path, record: dict) -> None:
     """The build's few lines go into run.json; the part of a record that a time limit left is kept, marked."""
     if name == "build" and (out / "build.json").exists():
         record["build"] = json.loads((out / "build.json").read_text())

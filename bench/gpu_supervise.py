@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from gpu_environment import OUT_OF_TIME
+from gpu_environment import OUT_OF_TIME, reap
 
 LOST = 86
 """Exit status of a process whose CUDA context does not answer any more."""
@@ -86,7 +86,7 @@ def _once(command: list[str], partial: Path, seconds: float, silence: float) -> 
     finally:
         if child.poll() is None:
             os.kill(child.pid, signal.SIGKILL)
-            child.wait()
+            reap(child)
 
 
 def main(arguments: list[str] | None = None) -> int:

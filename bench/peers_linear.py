@@ -7,6 +7,7 @@ import importlib.util
 import warnings
 
 import torch
+from case import set_up
 from timing import rotating
 from torch.nn.functional import linear as torch_linear
 
@@ -18,21 +19,26 @@ def linear(inputs: list[tuple], weight: torch.Tensor, bias: torch.Tensor):
         w, b = weight.to(dtype), bias.to(dtype)
         own = [(x.to(dtype),) for (x,) in inputs]
         calls[name] = rotating(lambda x, w=w, b=b: torch_linear(x, w, b), own)
-    device = weight.device
-    if device.type == "cpu":
-        calls |= _onednn(inputs, weight, bias)
-    for package, call in (("torchao", _torchao), ("gemlite", _gemlite)):
-        if importlib.util.find_spec(package) is None:
-            absent[package] = "not importable"
-        elif package == "gemlite" and device.type != "cuda":
-            absent[package] = "needs a GPU"
-        else:
-            calls[package] = call(inputs, weight, bias)
+    if weight.device.type == "cpu":
+        set_up("oneDNN int8 (W8A8)", lambda: _onednn(inputs, weight, bias), calls, absent)
+        set_up("oneDNN int8, the product alone", lambda: _onednn_product(inputs, weight, bias), calls, absent)
+    packages(inputs, weight, bias, calls, absent)
     return calls, absent
 
 
+def packages(inputs: list[tuple], weight: torch.Tensor, bias: torch.Tensor, calls: dict, absent: dict) -> None:
+    """Add torchao and gemlite, or why they are absent."""
+    for name, make in (("torchao", _torchao), ("gemlite", _gemlite)):
+        if importlib.util.find_spec(name) is None:
+            absent[name] = "not importable"
+        elif name == "gemlite" and weight.device.type != "cuda":
+            absent[name] = "needs a GPU"
+        else:
+            set_up(name, lambda make=make: make(inputs, weight, bias), calls, absent)
+
+
 def _onednn(inputs, weight, bias):
-    """oneDNN's int8: the whole dynamic linear (float32 in and out), and the product alone of codes ready made."""
+    """The whole dynamic linear, float32 in and out."""
     from torch.ao.nn.quantized.dynamic import Linear
     from torch.ao.quantization import per_channel_dynamic_qconfig
 
@@ -43,8 +49,15 @@ def _onednn(inputs, weight, bias):
     with warnings.catch_warnings():  # torch's quantized tensors are announced to go
         warnings.simplefilter("ignore")
         torch.backends.quantized.engine = "onednn"
-        dynamic = Linear.from_float(plain)
-        torch.backends.quantized.engine = engine
+        try:
+            dynamic = Linear.from_float(plain)
+        finally:
+            torch.backends.quantized.engine = engine
+    return rotating(lambda x: dynamic(x), [(x.float(),) for (x,) in inputs])
+
+
+def _onednn_product(inputs, weight, bias):
+    """The int8 product alone, of codes ready made."""
     codes, scale = _codes(weight)
     packed = torch.ops.onednn.qlinear_prepack(codes, None)
     zeros = torch.zeros(len(scale), dtype=torch.int32)
@@ -55,8 +68,7 @@ def _onednn(inputs, weight, bias):
         return torch.ops.onednn.qlinear_pointwise(x, x_scale, 0, packed, scale, zeros, bias, 1.0, 0, torch.bfloat16,
                                                   "none", [], "")
 
-    return {"oneDNN int8 (W8A8)": rotating(lambda x: dynamic(x), [(x.float(),) for (x,) in inputs]),
-            "oneDNN int8, the product alone": rotating(product, [(c, float(s.max())) for c, s in activations])}
+    return rotating(product, [(c, float(s.max())) for c, s in activations])
 
 
 def _codes(x):

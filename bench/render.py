@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 import plots
-from tables import demo_table, digits_table, distill_table, end_to_end_table
+from tables import demo_table, digits_table, distill_table, end_to_end_table, scales_table
 from tables_bench import bench_table
 from tables_gpu import gpu_tables
 
@@ -38,7 +38,8 @@ def _bench(record: dict, scene: str | None) -> str:
 
 
 TABLES = {"demo": demo_table, "bench": _bench, "end_to_end": end_to_end_table,
-          "digits": lambda record, _: digits_table(record), "distill": lambda record, _: distill_table(record)}
+          "digits": lambda record, _: digits_table(record), "distill": lambda record, _: distill_table(record),
+          "scales": lambda record, _: scales_table(record)}
 
 
 def _record(path: Path) -> dict | None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
+from calm import CALM
+
 HEADER = "| | seconds | against plain | weights, MB | rounds | denoiser rows | PSNR, dB | SSIM | recognised |"
 
 
@@ -52,6 +56,33 @@ def digits_table(record: dict) -> str:
     return "\n".join([*lines, "", where(record)])
 
 
+def scales_table(record: dict) -> str:
+    """Output errors with amax and integer scales: random weights, and the digit models' linears by their ratio."""
+    size = f"{record['rows']} × {record['columns']}"
+    lines = [f"| error, amax → integer; weights {size}, rank 32 | exact activations | int8 | exact, calibrated "
+             "| int8, calibrated |", "|---|--:|--:|--:|--:|"]
+    for name in dict.fromkeys(row["weight"] for row in record["random"]):
+        rows = sorted((row for row in record["random"] if row["weight"] == name), key=lambda row: row["calibrated"])
+        cells = [f"{row['amax'][kind]:.2%} → {row['integer'][kind]:.2%}" for row in rows for kind in ("exact", "int8")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", "| error with integer scales over error with amax | linears | geometric mean | smallest | largest |",
+              "|---|--:|--:|--:|--:|"]
+    for name in dict.fromkeys(row["model"] for row in record["models"]):
+        for calibrated in (False, True):
+            ratios = [row["integer"]["int8"] / row["amax"]["int8"] for row in record["models"]
+                      if row["model"] == name and row["calibrated"] == calibrated]
+            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+            lines.append(f"| digits, {name}{', calibrated' * calibrated} | {len(ratios)} | {mean:.3f} | "
+                         f"{min(ratios):.3f} | {max(ratios):.3f} |")
+    ranks = list(dict.fromkeys(row["rank"] for row in record["whole"]))
+    lines += ["", f"| error of the whole transformer, amax → integer | {' | '.join(f'rank {r}' for r in ranks)} |",
+              "|---|" + "--:|" * len(ranks)]
+    for name in dict.fromkeys(row["model"] for row in record["whole"]):
+        cells = [f"{row['amax']:.2%} → {row['integer']:.2%}" for row in record["whole"] if row["model"] == name]
+        lines.append(f"| digits, {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", where(record)])
+
+
 def end_to_end_table(record: dict, scene: str | None) -> str:
     """scene "line": one sentence for the README; otherwise the table of each clip, and the profile."""
     if scene == "line":
@@ -63,7 +94,8 @@ def end_to_end_table(record: dict, scene: str | None) -> str:
         for row in clip["rows"]:
             quality = "" if row["psnr"] is None else f"{row['psnr']:.1f}"
             note = f" ({row['note']})" if row["note"] else ""
-            lines.append(f"| {row['name']}{note} | {row['dtype']} | {row['seconds']:.2f} | {row['ratio']:.2f}× | "
+            flag = ", **noisy**" if row.get("spread", 0.0) > CALM else ""
+            lines.append(f"| {row['name']}{note} | {row['dtype']} | {row['seconds']:.2f}{flag} | {row['ratio']:.2f}× | "
                          f"{quality} | {row['ssim']:.3f} |")
         lines.append("")
     profiled = [row for row in record["clips"][0]["rows"] if "profile_ms" in row]
@@ -85,6 +117,10 @@ def _end_to_end_line(record: dict) -> str:
     best = max(both, key=lambda row: row["ratio"])
     plain = next(row for row in clip["rows"] if row["name"] == "plain" and row["dtype"] == best["dtype"])
     note = f", {best['note']}" if best["note"] else ""
+    alone = max((row for row in clip["rows"] if row["dtype"] == best["dtype"] and row["ratio"] > best["ratio"]
+                 and "W4A8" not in row["name"]), key=lambda row: row["ratio"], default=None)
+    faster = "" if alone is None else f" {alone['name']} alone is faster: {alone['seconds']:.1f} s, " \
+        f"{alone['ratio']:.2f}×, {alone['psnr']:.1f} dB."
     return (f"The video model at {clip['tokens']:,} tokens ({clip['frames']} frames, {clip['steps']} steps): "
             f"{plain['seconds']:.1f} s plain, {best['seconds']:.1f} s with {best['name']}{note}, "
-            f"{best['ratio']:.2f}×; {best['psnr']:.1f} dB to plain.\n\n{where(record)}")
+            f"{best['ratio']:.2f}×; {best['psnr']:.1f} dB to plain.{faster}\n\n{where(record)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from calm import CALM, noisy
 from tables import where
 
 NOTES = Path(__file__).parent / "results" / "notes.json"
@@ -20,7 +21,7 @@ def bench_table(record: dict, scene: str | None = None) -> str:
     cases = [case for case in record["cases"] if scene in (None, case["group"])]
     if not cases:
         return "*Not in the record.*"
-    return "\n".join([*case_rows(cases), *missed_lines(cases), "", where(record)])
+    return "\n".join([*case_rows(cases), *noise_lines(cases), *missed_lines(cases), "", where(record)])
 
 
 def case_rows(cases: list[dict]) -> list[str]:
@@ -33,9 +34,20 @@ def case_rows(cases: list[dict]) -> list[str]:
             continue
         own = case["timings"]["triskele"]
         peers = ", ".join(f"{ratio:.2f}× {name}" for name, ratio in case["ratios"].items())
-        lines.append(f"| {case['name']} | {own['median_ms']:.2f} | {own['spread']:.0%} | "
+        lines.append(f"| {case['name']} | {own['median_ms']:.2f} | {own['spread']:.0%}{flag(case)} | "
                      f"{max(case['floor'].values()):.2f} | {case['of_floor']:.0%} | {peers} | {targets_cell(case)} |")
     return lines
+
+
+def flag(case: dict) -> str:
+    return ", **noisy**" if noisy(case) else ""
+
+
+def noise_lines(cases: list[dict]) -> list[str]:
+    """Which rows are no quiet record, and by whose spread."""
+    found = [f"{case['name']} ({noisy(case)})" for case in cases if "error" not in case and noisy(case)]
+    said = f"Noisy, with a spread above {CALM:.0%} of ours or of a target's peer: {'; '.join(found)}."
+    return ["", said] if found else []
 
 
 def targets_cell(case: dict) -> str:
@@ -67,7 +79,8 @@ def summary_table(record: dict) -> str:
         if case.get("label"):
             against = ", ".join(f"{case['ratios'][peer]:.2f}× {peer} ({target:g}×)"
                                 for peer, target in case["targets"].items() if peer in case["ratios"])
-            lines.append(f"| {case['label']} | {case['timings']['triskele']['median_ms']:.2f} | {against} |")
+            own = case["timings"]["triskele"]["median_ms"]
+            lines.append(f"| {case['label']} | {own:.2f}{flag(case)} | {against} |")
     return "\n".join([*lines, "", where(record)])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tables_bench import missed_lines, targets_cell
+from tables_bench import flag, missed_lines, noise_lines, targets_cell
 
 
 def place(record: dict) -> str:
@@ -29,9 +29,11 @@ def bench_section(record: dict) -> list[str]:
             continue
         backends = ", ".join(sorted(set(case.get("backends", {}).values())))
         ratios = ", ".join(f"{ratio:.2f}× {name}" for name, ratio in case["ratios"].items())
-        lines.append(f"| {case['name']} | {backends} | {milliseconds(case['timings']['triskele']['median_ms'])} | "
+        own = milliseconds(case["timings"]["triskele"]["median_ms"])
+        lines.append(f"| {case['name']} | {backends} | {own}{flag(case)} | "
                      f"{milliseconds(max(case['floor'].values()))} | {case['of_floor']:.0%} | {ratios} | "
                      f"{targets_cell(case)} |")
+    lines += noise_lines(record["cases"])
     lines += missed_lines([case for case in record["cases"] if "error" not in case])
     absent: dict[str, str] = {}
     for case in record["cases"]:

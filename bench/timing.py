@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +11,34 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+
+FAILURES = (Exception,)
+"""What a case or a peer may raise without ending the run: all but what ends a program. No list of classes would do:
+triton.CompilationError, CalledProcessError and what foreign packages define derive from none but this one. Whoever
+catches it records it, with its text."""
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+
+
+def keep_freed_memory() -> bool:
+    """Has large results come from memory that was freed before, and not as fresh pages of the system; whether it can.
+
+    glibc maps what is larger than some 32 MB anew each time: zeros, in which no poison is left, so that a value that is
+    never written would pass for one; and page faults, which are the system's time and not a kernel's. It holds for ours
+    and the peers, and from then on. With another C library (False) large results are checked as far as memory returns.
+    """
+    libc = _glibc()
+    return libc is not None and bool(libc.mallopt(M_MMAP_MAX, 0)) and bool(libc.mallopt(M_TRIM_THRESHOLD, -1))
+
+
+def release_freed_memory() -> None:
+    """To the system, between two cases."""
+    if (libc := _glibc()) is not None:
+        libc.malloc_trim(ctypes.c_size_t(0))
 
 
 @dataclass(frozen=True)
@@ -89,6 +119,12 @@ def poison(result) -> None:
             tensor.detach().fill_(float("nan"))
 
 
+def poison_freed(like) -> None:
+    """NaN in memory that the allocator hands out next for results like these."""
+    for tensor in [torch.empty_like(t) for t in tensors_of(like) for _ in range(2)]:
+        poison(tensor)
+
+
 def once(call: Callable[[], object], device: torch.device) -> float:
     """Milliseconds of one call: device events on a GPU, the clock on the CPU. Its result is poisoned afterwards."""
     with threads_of(call):
@@ -108,28 +144,47 @@ def once(call: Callable[[], object], device: torch.device) -> float:
 
 
 def alternate(calls: dict[str, Callable[[], object]], device: torch.device, *, seconds: float = 4.0,
-              least: int = 5, most: int = 200, warm: bool = False) -> dict[str, Timing]:
+              least: int = 5, most: int = 200, warm: bool = False,
+              failed: dict[str, Exception] | None = None) -> dict[str, Timing]:
     """Time every call in turns, after one warm-up each (unless they are `warm`), for about `seconds` in all.
 
     At least `least` turns, or 3 once they have taken four times `seconds` (and four seconds). From the second turn on
-    a call that is much faster than the slowest one is timed a few times a turn. Each call should rotate its own inputs
-    (`rotating`), so that they do not sit in the cache.
+    a call that is much faster than the slowest one is timed a few times a turn. One that takes longer than `seconds`
+    (and a second) by itself has three turns, and its time does not count: the others are not measured less for it. Each
+    call should rotate its own inputs (`rotating`), so that they do not sit in the cache.
+
+    failed  takes what the calls behind the first one raise on the way, by name; they have no timing then
     """
+    calls, first = dict(calls), next(iter(calls))
+    keep_freed_memory()
     for call in () if warm else calls.values():
         once(call, device)
     if device.type == "cuda":
         torch.cuda.synchronize()
     samples: dict[str, list[float]] = {name: [] for name in calls}
     repeats = dict.fromkeys(calls, 1)
-    start, turns = time.perf_counter(), 0
+    passed, slow, turns = dict.fromkeys(calls, 0.0), set(), 0
     while turns < most:
-        passed = time.perf_counter() - start
-        if (turns >= least and passed >= seconds) or (turns >= 3 and passed >= 4 * max(seconds, 1)):
+        counted = sum(passed[name] for name in calls if name not in slow)
+        if (turns >= least and counted >= seconds) or (turns >= 3 and (
+                counted >= 4 * max(seconds, 1) or len(slow) == len(calls))):
             break
-        for name, call in calls.items():
-            samples[name] += [once(call, device) for _ in range(repeats[name])]
+        for name, call in list(calls.items()):
+            if name in slow and turns >= 3:
+                continue
+            begin = time.perf_counter()
+            try:
+                samples[name] += [once(call, device) for _ in range(repeats[name])]
+            except FAILURES as error:
+                if failed is None or name == first:
+                    raise
+                failed[name] = error
+                del calls[name], samples[name]
+                slow.discard(name)
+            passed[name] += time.perf_counter() - begin
         if turns == 0:
-            slowest = max(values[0] for values in samples.values())
+            slow = {name for name, values in samples.items() if values[0] > 1e3 * max(seconds, 1)}
+            slowest = max(values[0] for name, values in samples.items() if name not in slow or len(slow) == len(calls))
             if slowest > 1:
                 repeats = {name: min(5, max(1, int(slowest / 4 / values[0]))) for name, values in samples.items()}
         turns += 1

@@ -84,6 +84,42 @@ def test_a_result_is_poisoned_after_it_is_timed(bench):
         bench("run")._check_result((torch.ones(2), torch.tensor([1.0, float("nan")])))
 
 
+@pytest.mark.parametrize("elements", [1000, 20_000_000])
+def test_a_value_that_is_not_written_shows_at_any_size(bench, elements):
+    """80 MB too, which glibc would map anew, full of zeros."""
+    timing, run = bench("timing"), bench("run")
+
+    def half():
+        out = torch.empty(elements)
+        out[:elements // 2] = 1.0
+        return out
+
+    calls = {"triskele": half, "peer": lambda: torch.ones(elements)}
+    timing.alternate(calls, torch.device("cpu"), seconds=0.0, least=3)
+    with pytest.raises(RuntimeError, match="not finite"):
+        run._check_call(half)
+    run._check_call(calls["peer"])
+    timing.release_freed_memory()
+
+
+def test_the_replay_that_was_timed_is_checked(bench):
+    """A graph's result is at one place: it was poisoned there, and a replay that does not write it shows."""
+    run = bench("run")
+
+    class Replay:
+        result = torch.ones(4)
+
+        def __call__(self):
+            self.result[:self.written] = 1.0
+            return self.result
+
+    replay = Replay()
+    replay.written = 4
+    run._check_call(replay)
+    replay.written = 3
+    with pytest.raises(RuntimeError, match="not finite"):
+        run._check_call(replay)
+
 def test_a_call_runs_on_the_threads_that_it_asks_for(bench):
     timing = bench("timing")
     before, seen = torch.get_num_threads(), []
@@ -114,6 +150,26 @@ def test_bench_tables_name_targets_floors_causes_and_absent_peers(bench, tmp_pat
     assert "| An op | 2.00 | 11.00× sdpa (10×) |" in tables.bench_table(bench_record(11.0), "summary")
     text = tables.bench_table(bench_record(11.0), "machine")
     assert "Absent peers: fla (not importable)." in text and "10.0 GB/s" in text and "not committed" in text
+
+
+def test_a_row_whose_spread_stayed_large_is_flagged(bench, tmp_path, monkeypatch):
+    tables = bench("tables_bench")
+    monkeypatch.setattr(tables, "NOTES", tmp_path / "notes.json")
+    taken = bench_record(11.0)
+    assert "noisy" not in tables.bench_table(taken).lower()
+    timings = taken["cases"][0]["timings"]
+    timings["triskele"]["spread"] = 0.77
+    text = tables.bench_table(taken)
+    assert "| op B1 | 2.00 | 77%, **noisy** |" in text and "ours or of a target's peer: op B1 (ours 77%)." in text
+    assert "| An op | 2.00, **noisy** | 11.00× sdpa (10×) |" in tables.bench_table(taken, "summary")
+    timings["triskele"]["spread"] = 0.1
+    timings["sdpa"]["spread"] = 0.3
+    assert "op B1 (sdpa 30%)." in tables.bench_table(taken)
+    taken["cases"][0]["targets"] = {}  # then nothing is claimed against it
+    assert "noisy" not in tables.bench_table(taken).lower()
+    timings |= {"sdpa": {"median_ms": 9.0, "spread": 0.5}, "sdpa flash": {"median_ms": 8.0, "spread": 0.1}}
+    taken["cases"][0]["targets"] = {"the best sdpa": 2.0}  # that is "sdpa flash"
+    assert bench("calm").spreads_of(timings, {"the best sdpa": 2.0}) == {"triskele": 0.1, "sdpa flash": 0.1}
 
 
 def test_a_failed_case_is_shown_as_failed(bench):
@@ -165,16 +221,59 @@ def test_compare_takes_turns_between_two_trees(bench, monkeypatch, capsys):
     assert compare.main(["new", "old", "--turns", "1"]) == 0
 
 
+WHERE = """
+import argparse, json, sys, triskele, triskele.triton_kernels, triskele.assets
+parser = argparse.ArgumentParser()
+parser.add_argument("--no-peers", action="store_true")
+parser.add_argument("--out")
+found = [triskele.__file__, triskele.triton_kernels.__file__, triskele.assets.__file__]
+open(parser.parse_args().out, "w").write(json.dumps(found))
+"""
+
+
+def test_a_side_runs_on_its_trees_own_kernels_and_assets(bench, tmp_path, monkeypatch):
+    """Also where another tree is installed: its finder would give its own for what lies outside python/."""
+    compare = bench("compare")
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "run.py").write_text(WHERE)
+    trees = [tmp_path / name for name in ("old", "new")]
+    parts = ("python/triskele", "triton_kernels", "assets")
+    for tree in trees:
+        for part in parts:
+            (tree / part).mkdir(parents=True)
+            (tree / part / "__init__.py").write_text("")
+    for tree in (*trees, trees[0]):
+        found = compare.run_side(tree, tmp_path / "out.json", [])
+        assert [Path(file).resolve().parent for file in found] == [(tree / part).resolve() for part in parts]
+    overlay = bench("gpu_environment").overlay
+    for tree in trees:  # a folder that was another tree's
+        found = overlay(tmp_path / "site", tree)
+        assert (found / "triskele" / "triton_kernels").resolve() == (tree / "triton_kernels").resolve()
+
+
+def test_notes_hold_causes_and_no_figures_that_no_record_holds(bench):
+    notes = json.loads(bench("tables_bench").NOTES.read_text())
+    for name, note in notes.items():
+        words = [word for word in note.split() if word[0].isdigit() and not word.startswith("4-bit")]
+        assert not words or "development reading" in note, f"{name}: {words}"
+
+
 def test_long_clip_table_and_line(bench):
     tables = bench("tables")
     rows = [dict(name="plain", note="", dtype="float32", seconds=8.0, ratio=1.0, psnr=None, ssim=1.0,
                  profile_ms={"attention": 10.0, "rest": 2.0}),
             dict(name="SLA + W4A8", note="training-free", dtype="float32", seconds=2.0, ratio=4.0, psnr=20.04,
                  ssim=0.9)]
-    rows.append(rows[1] | dict(name="SLA", ratio=5.0))  # the line is about both arms
+    rows.append(rows[1] | dict(name="SLA", ratio=3.9, seconds=2.05))  # the line is about both arms
     clip = dict(frames=128, tokens=8192, steps=4, turns=1, rows=rows)
     taken = record() | {"kind": "end_to_end", "clips": [clip]}
     text = tables.end_to_end_table(taken, None)
     assert "| SLA + W4A8 (training-free) | float32 | 2.00 | 4.00× | 20.0 | 0.900 |" in text
     assert "| plain | float32 | 10 | 2 | 12 |" in text
-    assert "8.0 s plain, 2.0 s with SLA + W4A8, training-free, 4.00×; 20.0 dB" in tables.end_to_end_table(taken, "line")
+    line = tables.end_to_end_table(taken, "line")
+    assert "8.0 s plain, 2.0 s with SLA + W4A8, training-free, 4.00×; 20.0 dB" in line and "alone" not in line
+    rows[2] |= dict(ratio=5.0, seconds=1.6, psnr=21.0)  # and says so where one of them is faster without the other
+    assert "SLA alone is faster: 1.6 s, 5.00×, 21.0 dB." in tables.end_to_end_table(taken, "line")
+    rows[1]["spread"] = 0.3
+    assert "| SLA + W4A8 (training-free) | float32 | 2.00, **noisy** |" in tables.end_to_end_table(taken, None)

@@ -35,10 +35,15 @@ def test_the_cases_of_the_issue_are_there(bench):
     assert targets["sla_backward bfloat16 B1 H8 L8192 D64 keep 0.1"] == {"sdpa": 6.0}
     assert targets["svdq_linear bfloat16 M1024 K3072 N3072 r32"] == {"torch bfloat16": 1.3, "torch float32": 4.0}
     assert targets["taa_step float32 T100 4x64x64"] == {"published step in torch": 10.0, "copy of as many bytes": 0.5}
+    for rows in (1, 16, 1024):  # each case of a target, with both kinds of scales
+        name = f"svdq_linear bfloat16 M{rows} K3072 N3072 r32"
+        assert targets[f"{name} integer scales"] == targets[name]
+    assert "svdq_linear_gelu bfloat16 M1024 K3072 N12288 r32" in names
     assert all(case.targets == {"one thread": 1.8} for case in cases if case.group == "threads")
     assert not any(case.group == "threads" for case in registry.cases("short", "cuda"))
     axes = {axis for case in cases for axis in case.curves}
-    assert axes >= {"length, float32", "length, bfloat16", "keep, float32", "head_dim, float32", "M"}
+    assert axes >= {"length, float32", "length, bfloat16", "keep, float32", "head_dim, float32", "M",
+                    "M, integer scales"}
 
 
 def tiny(bench):
@@ -47,7 +52,8 @@ def tiny(bench):
     found = [attention.sla_forward(f32, 1, 2, 256, 16, 0.5), attention.sla_forward(b16, 1, 1, 256, 16, 1.0, "marginal"),
              attention.sla_backward(f32, 1, 1, 256, 16, 0.5), attention.routing(b16, 1, 1, 256, 16, 0.5),
              attention.vmoba_forward(f32, 1, 256, 16, 0.25), attention.vmoba_backward(f32, 1, 256, 16, 0.25),
-             linear.svdq_linear(b16, 3, 128, 64, rank=16), sampling.taa_step(6, (1, 4, 4))]
+             linear.svdq_linear(b16, 3, 128, 64, rank=16),
+             linear.svdq_linear(b16, 3, 128, 64, 16, "integer", activated=True), sampling.taa_step(6, (1, 4, 4))]
     found.append(bench("case").thread_scaling(found[0]))
     if hasattr(tk.ops, "adaln_modulate"):
         found += [sampling.adaln_modulate(f32, 2, 8, 32), sampling.gate_residual(b16, 2, 8, 32)]
@@ -78,7 +84,7 @@ def test_flex_attention_gets_the_blocks_that_ours_keeps(bench, monkeypatch):
         return q
 
     monkeypatch.setattr(torch, "compile", lambda function, **_: flex)
-    (call,) = peers.flex(inputs, maps, 128, 64).values()
+    call = peers.flex(inputs, maps, 128, 64)
     call()
     dense = torch.zeros_like(maps[0])
     mask = seen[0]
@@ -161,3 +167,22 @@ def test_long_clip_compares_with_the_plain_pipeline_of_its_dtype(bench, tmp_path
         times = row["profile_ms"]
         assert times["attention"] > 0 and times["linear"] > 0
         assert times["rest"] < 0.5 * sum(times.values())
+
+
+def test_scales_quality_leaves_a_table(bench, tmp_path, monkeypatch):
+    quality, tables = bench("scales_quality"), bench("tables")
+    rows = [{"model": "m", "site": "a", "calibrated": c, "amax": {"int8": 0.1}, "integer": {"int8": 0.1 * f}}
+            for c, f in ((False, 0.5), (False, 2.0), (True, 0.9))]
+    whole = [{"model": "m", "rank": 8, "amax": 0.02, "integer": 0.01}]
+    monkeypatch.setattr(quality, "model_layers", lambda _: rows)
+    monkeypatch.setattr(quality, "whole_models", lambda _: whole)
+    out = tmp_path / "s.json"
+    quality.main(["--rows", "32", "--columns", "128", "--tokens", "64", "--iterations", "1", "--out", str(out)])
+    record = json.loads(out.read_text())
+    assert record["kind"] == "scales" and len(record["random"]) == 8
+    assert all(0 < row[scales][kind] < 0.2 for row in record["random"] for scales in ("amax", "integer")
+               for kind in ("int8", "exact"))
+    table = tables.scales_table(record)
+    assert "| digits, m | 2 | 1.000 | 0.500 | 2.000 |" in table and "| digits, m, calibrated | 1 | 0.900 |" in table
+    assert "amax → integer | rank 8 |" in table and "| digits, m | 2.00% → 1.00% |" in table
+    assert "Student t" in table and record["machine"]["torch"] in table

@@ -1,4 +1,4 @@
-"""A slice of the fuzz run (`make fuzz` is the whole), and that it finds and names what is wrong."""
+"""10,000 random calls within a time box, and that a fuzz run finds and names what is wrong."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ import torch
 from fuzz_draw import Draw
 
 TESTS = Path(__file__).parent
-CASES, MINUTES = 3000, 4.0
+SEEDS, CASES, LEAST, MINUTES = (20, 21), 5000, 2500, 4.0
+"""10,000 cases in two halves, which two workers of the suite run side by side: a quiet core does some 50 cases a second
+(development reading, Xeon with AMX), a core of a fifth of that speed gets through the least within the box."""
 
 
 @pytest.mark.slow
-def test_a_slice_of_the_fuzz_run():
-    done = subprocess.run([sys.executable, TESTS / "fuzz.py", "--cases", str(CASES), "--seed", "20", "--minutes",
+@pytest.mark.parametrize("seed", SEEDS)
+def test_ten_thousand_random_calls(seed):
+    done = subprocess.run([sys.executable, TESTS / "fuzz.py", "--cases", str(CASES), "--seed", str(seed), "--minutes",
                            str(MINUTES), "--jobs", "1"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     ran = int(done.stdout.split()[0])
-    assert ran == CASES or (ran >= CASES // 4 and f"{60 * MINUTES:.0f} s" in done.stdout), done.stdout
+    assert ran == CASES or (ran >= LEAST and f"{60 * MINUTES:.0f} s" in done.stdout), done.stdout
 
 
 def test_every_native_op_is_fuzzed():
@@ -30,7 +33,7 @@ def test_every_native_op_is_fuzzed():
 
     ours = {row.op for row in tk.backends() if row.backend == "cpu"}
     known = {"vmoba.attention_backward": "vmoba.attention", "svdq.w4a8": "svdq.linear"}  # part of another's case
-    assert {known.get(op, op) for op in ours} == set(fuzz.CASES)
+    assert {known.get(op, op) for op in ours} == set(fuzz.CASES) - {"sla.large", "vmoba.large"}
 
 
 def test_a_case_is_its_seed_and_number():

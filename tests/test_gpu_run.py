@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import importlib
 import io
+import itertools
 import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from gpu.family import exact_arguments, run
+from gpu.family import by_entry, exact_arguments, run
 from gpu.test_kernels import OPS
 
 from triskele import backend as backend_module
@@ -169,6 +171,71 @@ def test_a_stage_is_stopped_with_what_it_started(bench):
     assert gpu_run.run(("-c", "raise SystemExit(3)"), 60.0, dict(os.environ), log) == 3
 
 
+class Stuck(subprocess.Popen):
+    """In the driver: it was killed, and is not gone. (This one is; only the waiting is played.)"""
+
+    def wait(self, timeout=None):
+        assert timeout is not None and timeout <= 10, "waits without a limit"
+        raise subprocess.TimeoutExpired(self.args, timeout)
+
+
+def test_a_process_that_outlives_its_kill_does_not_hold_the_run(bench, tmp_path, monkeypatch, capsys):
+    gpu_run, environment = bench("gpu_run"), bench("gpu_environment")
+    monkeypatch.setattr(subprocess, "Popen", Stuck)
+    sleep = ("-c", "import time; time.sleep(600)")
+    start = time.monotonic()
+    assert gpu_run.run(sleep, 0.2, dict(os.environ), io.StringIO()) == environment.OUT_OF_TIME
+    assert environment.run_all({"one": [sys.executable, *sleep]}, 0.2)["one"].status == environment.OUT_OF_TIME
+    assert bench("gpu_supervise")._once(list(sleep), tmp_path / "partial", 0.2, 9.0) == environment.OUT_OF_TIME
+    assert time.monotonic() - start < 60
+    assert capsys.readouterr().out.count("does not end although it was killed") == 3
+
+
+ENDED = """
+import os, sys
+import gpu_run
+gpu_run.stages = lambda dry: {"bench": gpu_run.Stage(600, (sys.argv[2], "{out}"), "sleeps")}
+gpu_run.environment = lambda *_: dict(os.environ)
+sys.exit(gpu_run.main(["--dry", "--out", sys.argv[1]]))
+"""
+SLEEPS = """
+import os, pathlib, sys, time
+pathlib.Path(sys.argv[1], "bench.partial").write_text('{"cases": [1]}')
+print(os.getpid(), flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_run_that_is_ended_takes_its_stage_along_and_keeps_what_there_is(bench, tmp_path):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "bench"), os.environ.get("PYTHONPATH", "")])}
+    (tmp_path / "sleeps.py").write_text(SLEEPS)
+    running = subprocess.Popen([sys.executable, "-c", ENDED, str(tmp_path), str(tmp_path / "sleeps.py")], text=True,
+                               env=environment, stdout=subprocess.PIPE)
+    for line in running.stdout:
+        if line.strip().isdigit():
+            break
+    running.terminate()
+    assert running.wait(timeout=60) == bench("gpu_run").ENDED
+    running.stdout.close()
+    assert ends(int(line))
+    record = json.loads((tmp_path / "dry" / "run.json").read_text())
+    assert record["stages"]["bench"]["result"] == "ended from outside"
+    assert json.loads((tmp_path / "dry" / "bench.json").read_text()) == {"cases": [1], "cut_off": True}
+
+
+def test_the_nine_minutes_are_bounded_from_outside(tmp_path):
+    """Whatever gpu_run.py does: here it does nothing, and does not want to end."""
+    deaf = tmp_path / "python"
+    deaf.write_text("#!/usr/bin/env bash\ntrap '' TERM\nwhile true; do sleep 0.1; done\n")
+    deaf.chmod(0o755)
+    start = time.monotonic()
+    done = subprocess.run([ROOT / "bench" / "gpu.sh"], timeout=120,
+                          env=os.environ | {"PYTHON": str(deaf), "LIMIT": "2"})
+    assert done.returncode in (137, -9) and time.monotonic() - start > 2
+    text = (ROOT / "bench" / "gpu.sh").read_text()
+    assert "limit=540\n" in text and "timeout --foreground -k 5" in text
+
+
 SCRIPT = """
 import json, os, sys, time
 from pathlib import Path
@@ -286,6 +353,26 @@ def test_a_lost_context_fails_one_test_and_not_those_behind_it(bench, tmp_path):
     assert done.returncode == 1, done.stdout
     assert len(entry["failed"]) == 1 and entry["passed"] == entry["collected"] - 1 >= 3, done.stdout
     assert not entry["complete"] and not record["whole_suite"]  # -k leaves tests out
+
+
+def test_a_cut_off_leaves_whole_families():
+    """The tests of an op and backend stand side by side, CUDA's before Triton's."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")} | {
+        "TRISKELE_GPU_DRY": "1"}
+    done = subprocess.run([sys.executable, "-m", "pytest", "tests/gpu", "-p", "no:cacheprovider", "--collect-only"],
+                          cwd=ROOT, env=environment, capture_output=True, text=True)
+    order = [line.split("[", 1)[1].split(":", 1)[0] for line in done.stdout.splitlines() if "[" in line]
+    assert len(order) > 100 and len(set(order)) >= 10, done.stdout[-2000:]
+    changes = sum(left != right for left, right in itertools.pairwise(order))
+    assert changes == len(set(order)) - 1, "a family's tests lie apart"
+
+    def item(op, backend):
+        return SimpleNamespace(callspec=SimpleNamespace(params={"op": OPS[op], "backend": backend}))
+
+    mixed = [item("taa.gamma", "triton"), item("sla.forward", "triton"), item("taa.gamma", "cuda"), SimpleNamespace(),
+             item("sla.forward", "cuda"), item("taa.gamma", "triton")]
+    place = {id(entry): i for i, entry in enumerate(mixed)}
+    assert [place[id(entry)] for entry in by_entry(mixed)] == [3, 2, 4, 0, 5, 1]
 
 
 def test_every_op_of_the_tables_has_cases():

@@ -42,7 +42,7 @@ def _linear(m, k, n, rank, dtype, activation, *, format="int4", bias=True, outli
             x = x.clamp(min=-shift)
         added = torch.randn(n, generator=generator).to(dtype) if bias else None
         return (x.to(dtype), weight.qweight, weight.wscales, weight.wtscale, weight.lora_down, weight.lora_up,
-                weight.smooth, added, format, activation, shift)
+                weight.smooth, added, format, activation, shift, "none")
 
     traits = "".join(f", {trait}" for trait, on in
                      (("no bias", not bias), ("outliers", outliers), (f"shift {shift}", shift)) if on)
@@ -51,7 +51,7 @@ def _linear(m, k, n, rank, dtype, activation, *, format="int4", bias=True, outli
 
 
 def compare_linear(arguments, got, exact):
-    x, qweight, wscales, wtscale, down, up, smooth, bias, format, activation, shift = arguments
+    x, qweight, wscales, wtscale, down, up, smooth, bias, format, activation, shift, _epilogue = arguments
     y, exact = got[0], exact[0]
     assert y.dtype == x.dtype
     z = (x.double() + shift) / smooth.double()

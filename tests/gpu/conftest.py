@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpu.family import DEVICE
+from gpu.family import DEVICE, by_entry
 
 BENCH = Path(__file__).parent.parent.parent / "bench"
 NAMES = re.compile(r"::test_(?P<check>\w+)\[(?P<entry>[\w.]+/\w+):")
@@ -107,6 +107,12 @@ KEY = pytest.StashKey[Record | None]()
 
 def _record(config) -> Record | None:
     return config.stash.get(KEY, None)
+
+
+def pytest_collection_modifyitems(items):
+    here = [i for i, item in enumerate(items) if item.path.is_relative_to(Path(__file__).parent)]  # not the rest's
+    for i, item in zip(here, by_entry([items[i] for i in here])):
+        items[i] = item
 
 
 def pytest_collection_finish(session):

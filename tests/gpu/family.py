@@ -98,5 +98,19 @@ def backends_of(op: str) -> list[str]:
     return [entry.name for entry in TABLES[op] if entry.device_type == wanted]
 
 
+def by_entry(items: list) -> list:
+    """The tests of one op and backend side by side, the ops in the order in which they are named first: a run that is
+    cut off has verified the first of them, and not a part of each. Triton's come last: they compile."""
+    ranks: dict[str, int] = {}
+
+    def place(item) -> tuple:
+        values = item.callspec.params if hasattr(item, "callspec") else {}
+        if "op" not in values:
+            return ()
+        return values["backend"] == "triton", ranks.setdefault(values["op"].name, len(ranks)), values["backend"]
+
+    return sorted(items, key=place)
+
+
 def missing(op: str, backend: str) -> list[str]:
     return next(entry for entry in TABLES[op] if entry.name == backend).missing()
