@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup build demo test test-levels sanitize fuzz bench gpu gpu-dry gpu-records lint clean
+.PHONY: setup build demo test test-levels test-arm sanitize fuzz bench gpu gpu-dry gpu-records lint clean
 
 setup: $(VENV)/.ready
 
@@ -25,9 +25,13 @@ test: setup
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # The kernels' tests on each instruction-set level of this CPU; under AddressSanitizer and UBSan, on the plain level and
-# the best one; and 10^4 random calls against the float64 references. `make test` runs a part of each.
+# the best one; and 10^4 random calls against the float64 references. `make test` runs parts of the first two.
 test-levels: setup
 	$(BIN)/python tests/kernels.py levels -n auto
+
+# The kernels' tests on the Arm levels, emulated: about an hour. Wants qemu-user and g++-aarch64-linux-gnu, no root.
+test-arm: setup
+	$(BIN)/python tests/arm.py -n auto
 
 sanitize: setup
 	$(BIN)/python tests/sanitize.py

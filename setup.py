@@ -32,6 +32,8 @@ X86_LEVELS = {  # weakest first: the linker keeps the first copy of an inline fu
     "amx": ["-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mavx512vbmi", "-mamx-tile", "-mamx-int8",
             "-mamx-bf16", "-mprefer-vector-width=512"],
 }
+ARM_LEVELS = {"base": [], "dotprod": ["-march=armv8.2-a+dotprod"]}
+LEVELS = {"x86_64": X86_LEVELS, "AMD64": X86_LEVELS, "aarch64": ARM_LEVELS}  # by platform.machine()
 NVCC_TARGETS = {  # by file suffix; "sm80" also leaves PTX that newer chips translate
     "sm80": ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90",
              "-gencode=arch=compute_90,code=compute_90"],
@@ -43,7 +45,7 @@ NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=h
 
 def cpu_levels():
     """The levels to compile. TRISKELE_BUILD_LEVELS="base amx" leaves the others out: a quicker build, for trials."""
-    levels = X86_LEVELS if platform.machine() in ("x86_64", "AMD64") else {"base": []}
+    levels = LEVELS.get(platform.machine(), {"base": []})
     wanted = os.environ.get("TRISKELE_BUILD_LEVELS", "").split() or list(levels)
     if "base" not in wanted or not set(wanted) <= set(levels):
         sys.exit(f"TRISKELE_BUILD_LEVELS: expected base and any of {', '.join(levels)}, got {' '.join(wanted)}")
@@ -52,7 +54,7 @@ def cpu_levels():
 
 def has_levels():
     """What csrc/cpu/register.cpp is told about them."""
-    return [f"-DTRISKELE_HAS_{level}={int(level in cpu_levels())}" for level in X86_LEVELS]
+    return [f"-DTRISKELE_HAS_{level}={int(level in cpu_levels())}" for level in {**X86_LEVELS, **ARM_LEVELS}]
 
 
 def torch_paths():

@@ -6,6 +6,7 @@ import math
 
 import torch
 from fuzz_draw import Draw
+from large_scores import assert_one_key_each
 from sla_cases import FEATURES, SCOPES, at_precision
 from tolerance import assert_within_budget
 
@@ -184,4 +185,24 @@ def backward(draw: Draw) -> None:
         assert_within_budget(a, t, r, what=name, factor=4, floor=slack + 8 * eps * largest)
 
 
-CASES = {"sla.route": route, "sla.forward": forward, "sla.backward": backward}
+def large(draw: Draw) -> None:
+    """Scores of any size: everything stays finite, and a row that clearly sees one key is its value."""
+    p = _Problem(draw, 160, train=True)
+    with torch.no_grad():
+        for x in (p.q, p.k):
+            x.mul_(10.0 ** draw.share("magnitude", 0, 8))
+    leaves = [x.detach().requires_grad_() for x in (p.q, p.k, p.v, *p.extra)]
+    o, o_sparse, *_ = p.ours(*leaves, parts=True)
+    rows, columns = (p.map == 1).repeat_interleave(p.blocks[0], 2), p.k.shape[2]
+    seen = rows[:, :, :p.q.shape[2]].repeat_interleave(p.blocks[1], 3)[..., :columns]
+    if p.key_mask is not None:
+        seen = seen & p.key_mask[:, None, None, :]
+    if not o.numel() or not columns:
+        return
+    assert_one_key_each(o_sparse.detach(), p.q, p.k, p.v, seen, p.settings.scale)
+    assert o.isfinite().all()
+    for name, grad in zip(("dq", "dk", "dv"), torch.autograd.grad(o.float().sum(), leaves[:3])):
+        assert grad.isfinite().all(), f"{name} is not finite"
+
+
+CASES = {"sla.route": route, "sla.forward": forward, "sla.backward": backward, "sla.large": large}

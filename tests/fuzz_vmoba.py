@@ -6,6 +6,7 @@ import math
 
 import torch
 from fuzz_draw import Draw
+from large_scores import assert_one_key_each
 from tolerance import assert_within_budget
 
 from triskele.ops import vmoba_attention, vmoba_partition, vmoba_select
@@ -94,4 +95,22 @@ def attention(draw: Draw) -> None:
         assert_within_budget(a, t, r, what=name, factor=4, floor=floor)
 
 
-CASES = {"vmoba.select": select, "vmoba.attention": attention}
+def large(draw: Draw) -> None:
+    """Scores of any size: everything stays finite, and a row that clearly sees one key is its value."""
+    dtype = draw.choice("dtype", (torch.float32, torch.bfloat16))
+    (q, k, v), chunk = _problem(draw, "qkv", dtype, 160)
+    sizes = [10.0 ** draw.share(f"magnitude of {name}", 0, 8) for name in "qk"]
+    leaves = [(x * size).detach().requires_grad_() for x, size in zip((q, k, v), (*sizes, 1.0))]
+    order, bounds = _layout(chunk, q)
+    where = reference.chunk_of_tokens(order, bounds, q.shape[2])
+    mask = draw.bools("mask", q.shape[0], bounds.shape[0] - 1, q.shape[1], q.shape[2], share=draw.share("density"))
+    o = vmoba_attention(*leaves, chunk=chunk, mask=mask, backend="cpu")
+    if not o.numel():
+        return
+    seen = mask.permute(0, 2, 3, 1)[..., where] | (where[:, None] == where)
+    assert_one_key_each(o.detach(), *(x.detach() for x in leaves), seen, q.shape[3] ** -0.5)
+    for name, grad in zip(("dq", "dk", "dv"), torch.autograd.grad(o.float().sum(), leaves)):
+        assert grad.isfinite().all(), f"{name} is not finite"
+
+
+CASES = {"vmoba.select": select, "vmoba.attention": attention, "vmoba.large": large}

@@ -401,6 +401,9 @@ def test_bad_system_and_bad_denoiser_outputs():
         solve(lambda x, t: x[..., 0], system, noise, window=4)
     with pytest.raises(ValueError, match=r"denoiser output: expected shape .*, got tuple"):
         solve(lambda x, t: (x,), system, noise, window=4)
+    for dtype in (torch.int64, torch.bool, torch.complex64):
+        with pytest.raises(ValueError, match=f"denoiser output: expected a floating dtype, got {dtype}"):
+            solve(lambda x, t, dtype=dtype: x.to(dtype), system, noise, window=4)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
