@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -54,9 +55,9 @@ def run_cases() -> int:
                 if done == 2:
                     break
             count += done
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # what the tool has to say, it says before this line
             print(f"{op.name}/{backend}: {done} calls", flush=True)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
     print(f"{count} calls in all")
     return 0 if count else 1
 
@@ -66,6 +67,20 @@ def _options() -> list[str]:
     known = subprocess.run([tool(), "--help"], capture_output=True, text=True).stdout
     wanted = {"--kernel-name-exclude": "kernel_substring=at::native", "--report-api-errors": "no"}
     return [part for option, value in wanted.items() if option in known for part in (option, value)]
+
+
+def blamed(output: str) -> list[str]:
+    """The "op/backend" of each finding: the tool's lines (=========) stand before that of the calls it watched. "?" is
+    one after the last call; its opening and closing lines are none."""
+    found, said = [], False
+    for line in output.splitlines():
+        if line.startswith("========="):
+            said |= not any(word in line for word in ("COMPUTE-SANITIZER", "SUMMARY", "Target application")) and (
+                line.strip("= ") != "")
+        elif match := re.match(r"(\S+/\w+): \d+ calls$", line):
+            found += [match[1]] if said else []
+            said = False
+    return found + ["?"] * said
 
 
 def watched(names: tuple[str, ...], options: list[str], seconds: float) -> list[dict]:
@@ -78,7 +93,8 @@ def watched(names: tuple[str, ...], options: list[str], seconds: float) -> list[
     ended = run_all(commands, seconds, os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     results = {0: "clean", FOUND: "errors found", OUT_OF_TIME: "out of time"}
     return [{"tool": name, "result": results.get(end.status, "failed"), "status": end.status, "seconds": end.seconds,
-             "tail": end.output[-6000:]} for name, end in ended.items()]
+             "blamed": blamed(end.output) if end.status == FOUND else [], "tail": end.output[-6000:]}
+            for name, end in ended.items()]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -4,8 +4,9 @@
     python bench/verify.py --check    # exit 1 where it differs from what the records say
 
 An entry "op/backend": {architecture: record} needs a record of a run on that architecture in which every test of that
-op and backend was collected, ran and passed, of each kind in `CHECKS`, on kernels whose sources are those of this tree.
-Everything else is refused, with the reason.
+op and backend was collected, ran to its end and passed or was refused by the backend, of each kind in `CHECKS`, on
+kernels whose sources are those of this tree; and no finding of the sanitizer in the record beside it (sanitizer.json)
+may stand against it. Everything else is refused, with the reason.
 """
 
 from __future__ import annotations
@@ -58,6 +59,15 @@ def refused_entry(entry: dict, name: str, sources: str | None) -> list[str]:
     return [f"{name}: {reason}" for reason in reasons]
 
 
+def findings(tests: Path, name: str) -> list[str]:
+    """What the sanitizer's record beside a record of tests says against an op and backend. A finding that names none
+    stands against all."""
+    path = tests.with_name("sanitizer.json")
+    runs = json.loads(path.read_text())["runs"] if path.exists() else []
+    return [f"{name}: {run['tool']} found errors" for run in runs if run["result"] == "errors found"
+            and (name in run["blamed"] or not run["blamed"] or "?" in run["blamed"])]
+
+
 def verified(paths: list[Path]) -> tuple[dict[str, dict[str, str]], list[str]]:
     """(what verified.json should hold, the refusals in words)."""
     known = {f"{op}/{backend}": gpu_sources.current(op, backend) for op, backend in gpu_sources.gpu_backends()}
@@ -72,7 +82,7 @@ def verified(paths: list[Path]) -> tuple[dict[str, dict[str, str]], list[str]]:
         for name, entry in sorted(record["results"].items()):
             if name not in known:
                 refusals.append(f"{where}: {name}: no such entry in the backend tables")
-            elif reasons := refused_entry(entry, name, known[name]):
+            elif reasons := refused_entry(entry, name, known[name]) + findings(path, name):
                 refusals += [f"{where}: {reason}" for reason in reasons]
             else:
                 found.setdefault(name, {})[record["architecture"]] = where

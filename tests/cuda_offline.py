@@ -27,6 +27,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from unittest import mock
 
+from machine_code import Function
+
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
 LIBRARY = ROOT / "python" / "triskele" / "libtriskele_cuda.so"
@@ -51,7 +53,7 @@ EXPECTED = {
     ("svdq_w4a8_sm90", "w4a8_kernel"): {90: "IGMMA"},
     ("svdq_w8a8_sm90", "w8a8_kernel"): {90: "IGMMA"},
 }
-"""(source, kernel) -> the matrix instruction that its code must hold, by chip."""
+"""(source, kernel) -> the matrix instruction that a loop of its code must hold, by chip."""
 
 MATRIX = re.compile(r"\b(HGMMA|IGMMA|QGMMA|HMMA|IMMA|DMMA|BMMA)\b")
 LOCAL = re.compile(r"\b(STL|LDL)\b")
@@ -70,6 +72,7 @@ class Kernel:
     matrix: dict  # matrix instructions in the code, by name
     local: int  # loads and stores of local memory
     groups: int = 0  # matrix instructions that end a wgmma group
+    looped: int = 0  # matrix instructions that lie in a loop
 
     @property
     def short(self) -> str:
@@ -86,8 +89,9 @@ class Kernel:
         if 2 < warpgroups == self.groups:
             found.append(f"{who}: each of {warpgroups} wgmma ends a group of its own: the compiler has serialised them")
         wanted = EXPECTED.get((self.source, self.short), {}).get(self.chip)
-        if wanted and wanted not in self.matrix:
-            found.append(f"{who}: expected {wanted} in its code, got {self.matrix or 'no matrix instruction'}")
+        if wanted and (wanted not in self.matrix or not self.looped):
+            found.append(f"{who}: expected {wanted} in a loop, got {self.matrix or 'no matrix instruction'}, "
+                         f"{self.looped} of them in loops")
         return found
 
 
@@ -156,7 +160,7 @@ def read(binary: Path, of_cubin: int = 0) -> list[Kernel]:
             registers, stack, shared, local = map(int, match.groups())
             shared -= 1024 if chip >= 90 and shared else 0  # there the system's share is counted in
             found[chip, name] = {"registers": registers, "stack": stack + local, "shared": shared, "matrix": Counter(),
-                                 "local": 0, "groups": 0}
+                                 "looped": Function(), "local": 0, "groups": 0}
     for line in output(tool("cuobjdump"), "-sass", binary).splitlines():
         if match := re.match(r"\s*arch = sm_(\d+)", line):
             chip = int(match[1])
@@ -164,6 +168,7 @@ def read(binary: Path, of_cubin: int = 0) -> list[Kernel]:
             name = match[1]
         elif "/*" in line and (chip, name) in found:
             code = line.split("*/", 1)[-1]
+            found[chip, name]["looped"].feed(line)
             if match := MATRIX.search(code):
                 found[chip, name]["matrix"][match[1]] += 1
                 found[chip, name]["groups"] += "gsb0" in code
@@ -177,7 +182,9 @@ def read(binary: Path, of_cubin: int = 0) -> list[Kernel]:
         short = re.sub(r"^void |\(anonymous namespace\)::|triskele::cuda::", "", plain[name])
         short = short.replace("(int)", "").replace("(bool)1", "true").replace("(bool)0", "false")
         short = re.sub(r"\(.*\)$", "", short)
-        kernels.append(Kernel(source[1] if source else "", short, chip, **{**values, "matrix": dict(values["matrix"])}))
+        kernels.append(Kernel(source[1] if source else "", short, chip,
+                              **{**values, "matrix": dict(values["matrix"]),
+                                 "looped": values["looped"].in_loops(MATRIX)}))
     return kernels
 
 
@@ -212,7 +219,8 @@ def compiled(stem: str, folder: Path) -> Path:
 def kernels(stem: str, newer: bool = False) -> list[Kernel]:
     """The kernels of a source on its chips (newer: and on those that translate its PTX)."""
     files = sorted(closure(SOURCES / f"{stem}.cu"))
-    key = hashlib.sha1(b"".join(path.read_bytes() for path in files) + (ROOT / "setup.py").read_bytes()).hexdigest()
+    key = hashlib.sha1(b"".join(path.read_bytes() for path in files) + (ROOT / "setup.py").read_bytes()
+                       + Path(__file__).read_bytes()).hexdigest()
     record = CACHE / f"{stem}{'.newer' if newer else ''}.json"
     if record.exists() and (known := json.loads(record.read_text()))["key"] == key:
         return [Kernel(**values) for values in known["kernels"]]

@@ -27,12 +27,13 @@ def test_the_page_lists_every_source():
 
 
 def test_rules_are_told_apart():
-    good = cuda_offline.Kernel("svdq_w4a8_sm90", "w4a8_kernel<128>", 90, 168, 0, 1024, {"IGMMA": 8}, 0)
+    good = cuda_offline.Kernel("svdq_w4a8_sm90", "w4a8_kernel<128>", 90, 168, 0, 1024, {"IGMMA": 8}, 0, looped=8)
     assert good.problems() == []
     values = {**good.__dict__}
     assert "8 bytes of stack" in cuda_offline.Kernel(**{**values, "stack": 8}).problems()[0]
     assert "2 loads and stores" in cuda_offline.Kernel(**{**values, "local": 2}).problems()[0]
     assert "expected IGMMA" in cuda_offline.Kernel(**{**values, "matrix": {"IMMA": 8}}).problems()[0]
+    assert "0 of them in loops" in cuda_offline.Kernel(**{**values, "looped": 0}).problems()[0]
     assert "serialised" in cuda_offline.Kernel(**{**values, "groups": 8}).problems()[0]
     assert "static shared" in cuda_offline.Kernel(**{**values, "shared": 50 << 10}).problems()[0]
 

@@ -87,6 +87,26 @@ def test_an_entry_that_is_not_verified(bench, tmp_path, change, reason):
     assert not found and "no such entry" in refusals[0]
 
 
+def test_a_finding_of_the_sanitizer_stands_against_its_op(bench, tmp_path):
+    verify, record = bench("verify"), good_record(bench)
+    names = sorted(record["results"])
+    path = written(tmp_path / "tests.json", record)
+    output = "\n".join([
+        "========= COMPUTE-SANITIZER", f"{names[0]}: 2 calls", "========= Invalid __global__ write of size 4",
+        "=========     at kernel+0x10", f"{names[1]}: 2 calls", f"{names[2]}: 1 calls", "5 calls in all",
+        "========= ERROR SUMMARY: 1 error"])
+    found = bench("gpu_sanitizer").blamed(output)
+    assert found == [names[1]]
+    assert bench("gpu_sanitizer").blamed("========= Race reported\n========= RACECHECK SUMMARY: 1 hazard") == ["?"]
+    run = {"tool": "memcheck", "result": "errors found", "blamed": found}
+    written(tmp_path / "sanitizer.json", {"runs": [run, run | {"result": "clean", "blamed": []}]})
+    entries, refusals = verify.verified([path])
+    assert set(names) - set(entries) == {names[1]} and "memcheck found errors" in refusals[0]
+    for unnamed in ([], ["?"]):
+        written(tmp_path / "sanitizer.json", {"runs": [run | {"blamed": unnamed}]})
+        assert verify.verified([path])[0] == {}
+
+
 def test_a_changed_kernel_changes_its_familys_fingerprint_alone(bench):
     sources = bench("gpu_sources")
     files = {"csrc/check.h": "a", "csrc/cuda/common/launch.cuh": "b", "csrc/cuda/taa_update_sm80.cu": "c",

@@ -62,8 +62,7 @@ def cases(chip: int, full: bool) -> Iterator[Case]:
     yield _case(chip, half, HEAD_DIMS[at - 3], "complement", FEATURES[at % 3], True, "parts")  # 72, 80, 128, 32, 64
     if at % 2:
         yield _case(chip, torch.float32, HEAD_DIMS[at], "marginal", "softmax", False, "alpha")
-    else:
-        yield _case(chip, half, HEAD_DIMS[at - 1], "all", "softmax", False, "proj")  # 128, 64, 80
+    yield _case(chip, half, HEAD_DIMS[at - 1], "all", "softmax", False, "proj")  # 128, 32, 64, 72, 80
 
 
 def targets(chip: int) -> Iterator[Case]:

@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
+import machine_code
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -49,7 +50,7 @@ class Case:
     """Launches to compile.
 
     call    runs launchers on meta tensors
-    matrix  kernel name -> matrix instructions of which it must hold one (`HALF[chip]`)
+    matrix  kernel name -> matrix instructions of which a loop of its code must hold one (`HALF[chip]`)
     """
 
     name: str
@@ -69,6 +70,7 @@ class Built:
     warps: int
     matrix: dict  # matrix instructions in the machine code, by name
     local: int  # loads and stores of local memory
+    looped: int = 0  # matrix instructions that lie in a loop
     tensor: int = 0  # columns of tensor memory a block, of 512 (sm_100)
 
     def problems(self, matrix: tuple[str, ...] = ()) -> list[str]:
@@ -80,6 +82,8 @@ class Built:
             found.append(f"{who}: {self.shared} bytes of shared memory, has {SHARED_BYTES[self.chip]}")
         if matrix and not any(name in self.matrix for name in matrix):
             found.append(f"{who}: expected one of {matrix}, got {self.matrix}")
+        if matrix and not self.looped:
+            found.append(f"{who}: no matrix instruction in a loop")
         return found
 
     def __str__(self) -> str:
@@ -135,10 +139,11 @@ def build(launch: tuple, chip: int) -> Built:
     if key in _BUILT:
         return _BUILT[key]
     compiled = triton.compile(ASTSource(kernel, signature, constexprs, attrs), target=target, options=options.__dict__)
-    sass, usage = _disassemble(compiled.asm["cubin"])
+    code, usage = _disassemble(compiled.asm["cubin"])
     registers, stack = (int(re.search(rf"{word}:(\d+)", usage).group(1)) for word in ("REG", "STACK"))
     _BUILT[key] = Built(kernel.fn.__name__, chip, registers, stack, compiled.metadata.shared, options.num_warps,
-                        dict(Counter(MATRIX.findall(sass))), len(LOCAL.findall(sass)),
+                        dict(Counter(MATRIX.findall(code))), len(LOCAL.findall(code)),
+                        machine_code.function(code.splitlines()).in_loops(MATRIX),
                         getattr(compiled.metadata, "tmem_size", None) or 0)
     return _BUILT[key]
 
@@ -149,12 +154,12 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin", delete=False) as file:
         file.write(cubin)
     try:
-        sass = subprocess.run([tools / "nvdisasm", "-c", file.name], check=True, capture_output=True, text=True).stdout
+        code = subprocess.run([tools / "nvdisasm", "-c", file.name], check=True, capture_output=True, text=True).stdout
         usage = subprocess.run([tools / "cuobjdump", "--dump-resource-usage", file.name], check=True,
                                capture_output=True, text=True).stdout
     finally:
         os.unlink(file.name)
-    return sass, usage
+    return code, usage
 
 
 def check(case: Case, chip: int, kernel: str = "") -> Iterator[tuple[Built, list[str]]]:

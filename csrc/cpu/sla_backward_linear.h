@@ -35,6 +35,8 @@ inline void states_of_keys(const Inputs& in, int64_t first, int64_t heads, float
   });
 }
 
+constexpr float kLeast = 0x1p-100f;  // a denominator below counts as zero: nothing passes through the row
+
 class LinearQueries {
  public:
   explicit LinearQueries(const Problem& p)
@@ -62,7 +64,8 @@ class LinearQueries {
         sum += z[d] * phi;
         dot += load(d_phi_ + d * kLanes + c) * phi;
       }
-      const Floats inverse = sum == 0.f ? Floats{} : 1.f / (sum == 0.f ? splat(1.f) : sum);
+      // From kLeast down 1 / n times what comes may pass float32's range, and meet a feature that is zero there.
+      const Floats inverse = sum < kLeast ? Floats{} : 1.f / (sum < kLeast ? splat(1.f) : sum);
       dot *= inverse;
       store(d_rows + c, dot);
       for (int64_t d = 0; d < p.dim; ++d) {  // d_phi_ becomes d phi(q), grad_ becomes phi(q) / n

@@ -99,7 +99,7 @@ inline Doubles load_doubles(const float* p) {
 #elif defined(__AVX__)
   return _mm256_cvtps_pd(_mm_loadu_ps(p));
 #elif defined(__x86_64__)
-  return _mm_cvtps_pd(_mm_castpd_ps(_mm_load_sd(reinterpret_cast<const double*>(p))));
+  return _mm_cvtps_pd(_mm_castsi128_ps(_mm_loadu_si64(p)));
 #else
   typedef float Half __attribute__((vector_size(kWide * sizeof(float)), aligned(4), may_alias));
   return __builtin_convertvector(*reinterpret_cast<const Half*>(p), Doubles);

@@ -403,6 +403,12 @@ void write_down(const void* kernel, int threads, size_t bytes) {
   }
 }
 
+// *_sm80.cu also runs on sm_86 and sm_89, whose blocks have 99 KiB.
+size_t shared_limit(const void* kernel) {
+  Dl_info info;
+  return dladdr(kernel, &info) != 0 && std::strstr(info.dli_fname, "_sm80") != nullptr ? 99 * 1024 : kSharedLimit;
+}
+
 }  // namespace
 
 void fail(const char* format, ...) {
@@ -423,7 +429,8 @@ void run(const void* kernel, dim3 grid, dim3 size, size_t bytes, const std::func
   if (blocks < 1 || grid.y > 65535 || grid.z > 65535) fail("a grid of %u x %u x %u blocks", grid.x, grid.y, grid.z);
   if (together < 1 || together > kMaxCluster || grid.x % together != 0 || together * threads > kMaxThreads)
     fail("clusters of %d blocks of %ld threads in a grid of %u", together, long(threads), grid.x);
-  if (bytes > kSharedLimit) fail("%zu bytes of dynamic shared memory; a block has at most %zu", bytes, kSharedLimit);
+  const size_t limit = shared_limit(kernel);
+  if (bytes > limit) fail("%zu bytes of dynamic shared memory; a block has at most %zu", bytes, limit);
   prepare_memory();
   shared_bytes = bytes;
   take_shared(0);
