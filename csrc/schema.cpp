@@ -17,7 +17,7 @@ STABLE_TORCH_LIBRARY(triskele_native, m) {
   m.def("vmoba_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
         "Tensor? order, Tensor bounds, Tensor mask) -> (Tensor, Tensor, Tensor)");
   // svdq
-  m.def("svdq_quantize(Tensor x, Tensor inverse_smooth, Tensor lora_down_t, float shift, int group) "
+  m.def("svdq_quantize(Tensor x, Tensor smooth, Tensor lora_down, float shift, int group) "
         "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def("svdq_gemm(Tensor codes, Tensor token_scales, Tensor sums, Tensor down, Tensor qweight, Tensor wscales, "
         "Tensor lora_up, Tensor? bias, bool e2m1, bool narrow, int epilogue) -> Tensor");

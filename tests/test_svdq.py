@@ -16,7 +16,7 @@ import triskele as tk
 from triskele import _native
 from triskele.nn import SVDQuantLinear
 from triskele.ops.svdq import reference
-from triskele.quantize.formats import activation_codes, fake_quantize_activation, pad_columns, unpack_nibbles
+from triskele.quantize.formats import activation_codes, fake_quantize_activation, unpack_nibbles
 
 SHAPES = [  # M, K, N, rank, group: ragged on every side
     (1, 16, 1, 0, 64), (5, 200, 48, 16, 64), (13, 64, 130, 7, 64), (37, 520, 65, 32, 64), (26, 48, 16, 3, 32),
@@ -51,8 +51,7 @@ def test_cpu_against_float64(m, k, n, rank, group, format, dtype):
 
 def native_codes(x, w):
     """The kernel's activation codes [M, K] and token scales."""
-    down = pad_columns(w.lora_down.float().T, 16).contiguous()
-    codes, scales, sums, _ = torch.ops.triskele_native.svdq_quantize(x, 1 / w.smooth.float(), down, w.shift, w.group)
+    codes, scales, sums, _ = torch.ops.triskele_native.svdq_quantize(x, w.smooth, w.lora_down, w.shift, w.group)
     halves = codes.unflatten(1, (-1, 2, w.group // 2))
     assert torch.equal(sums, halves.sum((-1, -2), dtype=torch.int32))
     return halves.transpose(-1, -2).flatten(1)[:, :x.shape[1]], scales
@@ -255,15 +254,20 @@ def test_bad_input(arguments, message):
 def test_native_ops_check_what_they_are_given():
     assert not _native.cpu_library()
     native, x = torch.ops.triskele_native, torch.randn(4, 64)
-    with pytest.raises(RuntimeError, match="inverse_smooth size: expected 64, got 63"):
-        native.svdq_quantize(x, torch.ones(63), torch.ones(64, 16), 0.0, 64)
+    with pytest.raises(RuntimeError, match="smooth size: expected 64, got 63"):
+        native.svdq_quantize(x, torch.ones(63), torch.ones(16, 64), 0.0, 64)
     with pytest.raises(RuntimeError, match="x in float32 or bfloat16"):
-        native.svdq_quantize(x.double(), torch.ones(64), torch.ones(64, 16), 0.0, 64)
+        native.svdq_quantize(x.double(), torch.ones(64), torch.ones(16, 64), 0.0, 64)
+    with pytest.raises(RuntimeError, match="lora_down in float32 or bfloat16"):
+        native.svdq_quantize(x, torch.ones(64), torch.ones(16, 64).half(), 0.0, 64)
     with pytest.raises(RuntimeError, match="group to be a multiple of 16"):
-        native.svdq_quantize(x, torch.ones(64), torch.ones(64, 16), 0.0, 0)
-    parts = native.svdq_quantize(x, torch.ones(64), torch.ones(64, 16), 0.0, 64)
+        native.svdq_quantize(x, torch.ones(64), torch.ones(16, 64), 0.0, 0)
+    parts = native.svdq_quantize(x, torch.ones(64), torch.ones(16, 64), 0.0, 64)
     with pytest.raises(RuntimeError, match="qweight columns: expected 32, got 31"):
         native.svdq_gemm(*parts, torch.zeros(8, 31, dtype=torch.uint8), torch.ones(8, 1), torch.ones(16, 8), None,
+                         False, False, 0)
+    with pytest.raises(RuntimeError, match="rounded up to 16: expected 16, got 32"):
+        native.svdq_gemm(*parts, torch.zeros(8, 32, dtype=torch.uint8), torch.ones(8, 1), torch.ones(8, 17), None,
                          False, False, 0)
     with pytest.raises(RuntimeError, match="epilogue to be 0"):
         native.svdq_gemm(*parts, torch.zeros(8, 32, dtype=torch.uint8), torch.ones(8, 1), torch.ones(8, 16), None,

@@ -149,9 +149,9 @@ def test_same_bits_for_any_threads():
 
 def test_integers_of_long_rows():
     x = with_outliers(torch.randn(70, 1500), 100, 0.01)
-    smooth, none = torch.rand(1500) + 0.5, torch.zeros(1500, 16)
+    smooth, none = torch.rand(1500) + 0.5, torch.zeros(16, 1500)
     want, want_scales = activation_codes(reference.smoothed(x, smooth, 0.0), "int8", False)
-    codes, scales, sums, down = torch.ops.triskele_native.svdq_quantize(x, 1 / smooth, none, 0.0, 64)
+    codes, scales, sums, down = torch.ops.triskele_native.svdq_quantize(x, smooth, none, 0.0, 64)
     natural = codes.unflatten(1, (-1, 2, 32)).transpose(-1, -2).flatten(1)[:, :1500]
     assert torch.equal(natural.float(), want.squeeze(1)) and torch.equal(scales, want_scales.squeeze(1))
     assert torch.equal(sums, codes.unflatten(1, (-1, 64)).sum(-1, dtype=torch.int32)) and not bool(down.any())

@@ -132,7 +132,7 @@ def test_e2m1_codes_in_groups_of_64():
     assert not _native.cpu_library()
     native = torch.ops.triskele_native
     qweight, x = torch.randint(0, 256, (40, 160), dtype=torch.uint8), tokens(20, 320)
-    parts = native.svdq_quantize(x, torch.ones(320), torch.zeros(320, 0), 0.0, 64)
+    parts = native.svdq_quantize(x, torch.ones(320), torch.zeros(0, 320), 0.0, 64)
     for top in (10, 11):
         scales = torch.randint(1, top + 1, (40, 5)).float() * 5
         values = e2m1_values(unpack_nibbles(qweight, "nvfp4"), torch.float64)

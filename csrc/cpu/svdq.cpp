@@ -34,6 +34,7 @@
 #include "cpu/svdq_amx.h"
 #include "cpu/svdq_down.h"
 #include "cpu/svdq_quantize.h"
+#include "cpu/svdq_stored.h"
 
 #define TRISKELE_SVDQ_VECTORS vectors
 #include "cpu/svdq_vectors.h"
@@ -108,22 +109,20 @@ void project_down(const float* x, int64_t stride, int64_t columns, const float* 
     project_ranks<Rows, 1>(x, stride, columns, lora_down_t + j, rank, start, down + j);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> svdq_quantize(Tensor x, Tensor inverse_smooth, Tensor lora_down_t,
-                                                         double shift, int64_t group) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> svdq_quantize(Tensor x, Tensor smooth, Tensor lora_down, double shift,
+                                                         int64_t group) {
   constexpr const char* op = "svdq_quantize";
   check_dim(op, "x", x, 2);
-  check_dim(op, "inverse_smooth", inverse_smooth, 1);
-  check_dim(op, "lora_down_t", lora_down_t, 2);
-  const int64_t m = x.size(0), k = x.size(1), rank = lora_down_t.size(1);
-  check_equal(op, "inverse_smooth size", k, inverse_smooth.size(0));
-  check_equal(op, "lora_down_t rows", k, lora_down_t.size(0));
-  check_equal(op, "lora_down_t columns modulo 16", int64_t{0}, rank % kLanes);
+  check_dim(op, "smooth", smooth, 1);
+  check_dim(op, "lora_down", lora_down, 2);
+  const int64_t m = x.size(0), k = x.size(1), rank = (lora_down.size(0) + kLanes - 1) / kLanes * kLanes;
+  check_equal(op, "smooth size", k, smooth.size(0));
+  check_equal(op, "lora_down columns", k, lora_down.size(1));
   check_that(group >= 16 && group % 16 == 0, op, "group to be a multiple of 16");
-  for (const Tensor& t : {x, inverse_smooth, lora_down_t}) check_contiguous(op, "inputs", t);
+  check_contiguous(op, "x", x);
   const bool wide = x.scalar_type() == ScalarType::Float;
   check_that(wide || x.scalar_type() == ScalarType::BFloat16, op, "x in float32 or bfloat16");
-  check_that(inverse_smooth.scalar_type() == ScalarType::Float && lora_down_t.scalar_type() == ScalarType::Float, op,
-             "inverse_smooth and lora_down_t in float32");
+  const Stored stored_smooth(op, "smooth", smooth), stored_down(op, "lora_down", lora_down);
   const int64_t groups = (k + group - 1) / group, padded = groups * group;
   Tensor codes = torch::stable::new_empty(x, {m, padded}, ScalarType::Char);
   Tensor scales = torch::stable::new_empty(x, {m}, ScalarType::Float);
@@ -131,8 +130,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> svdq_quantize(Tensor x, Tensor invers
   Tensor down = torch::stable::new_empty(x, {m, rank}, ScalarType::Float);
 
   const void* in = x.const_data_ptr();
-  const float* inverse = inverse_smooth.const_data_ptr<float>();
-  const float* factors = lora_down_t.const_data_ptr<float>();
+  const Buffer<float> inverses = reciprocal(stored_smooth);
+  const float* inverse = inverses.get();
   int8_t* codes_out = codes.mutable_data_ptr<int8_t>();
   float* scales_out = scales.mutable_data_ptr<float>();
   int32_t* sums_out = sums.mutable_data_ptr<int32_t>();
@@ -142,10 +141,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> svdq_quantize(Tensor x, Tensor invers
   const int64_t block_rows = std::clamp(fit / kDownRows * kDownRows, kDownRows, kDownMost);
   const int64_t blocks = (m + block_rows - 1) / block_rows;
 #if defined(__AMX_BF16__)
-  const Projection projection{m, k, rank, in, wide, factors, down_out};
-  const Factors packed = rank > 0 ? pack_factors(projection) : Factors{};
+  const Projection projection{m, k, rank, in, wide, &stored_down, down_out};
+  const Factors packed = rank > 0 && m > 0 ? pack_factors(projection) : Factors{};
+  const float* const factors = nullptr;
   constexpr bool by_tiles = true;
 #else
+  const Buffer<float> down_t = rank > 0 && m > 0 ? turned(stored_down, rank) : Buffer<float>{};
+  const float* const factors = down_t.get();
   constexpr bool by_tiles = false;
 #endif
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
@@ -231,27 +233,26 @@ Tensor svdq_gemm(Tensor codes, Tensor token_scales, Tensor sums, Tensor down, Te
   check_equal(op, "qweight columns", p.padded / 2, qweight.size(1));
   check_equal(op, "wscales rows", p.n, wscales.size(0));
   check_equal(op, "lora_up rows", p.n, lora_up.size(0));
-  check_equal(op, "lora_up columns", p.rank, lora_up.size(1));
-  for (const Tensor& t : {codes, token_scales, sums, down, qweight, wscales, lora_up})
-    check_contiguous(op, "inputs", t);
+  check_equal(op, "lora_up columns, rounded up to 16", p.rank, (lora_up.size(1) + kLanes - 1) / kLanes * kLanes);
+  for (const Tensor& t : {codes, token_scales, sums, down, qweight}) check_contiguous(op, "inputs", t);
   check_that(codes.scalar_type() == ScalarType::Char && sums.scalar_type() == ScalarType::Int &&
                  qweight.scalar_type() == ScalarType::Byte, op, "codes int8, sums int32, qweight uint8");
-  for (const Tensor& t : {token_scales, down, wscales, lora_up})
-    check_that(t.scalar_type() == ScalarType::Float, op, "scales and factors in float32");
+  for (const Tensor& t : {token_scales, down})
+    check_that(t.scalar_type() == ScalarType::Float, op, "token_scales and down in float32");
+  std::optional<AsFloat> bias_values;
   if (bias.has_value()) {
     check_dim(op, "bias", *bias, 1);
     check_equal(op, "bias size", p.n, bias->size(0));
-    check_contiguous(op, "bias", *bias);
-    check_that(bias->scalar_type() == ScalarType::Float, op, "bias in float32");
-    p.bias = bias->const_data_ptr<float>();
+    p.bias = bias_values.emplace(Stored(op, "bias", *bias));
   }
+  const AsFloat scale_values(Stored(op, "wscales", wscales)), up_values(Stored(op, "lora_up", lora_up), p.rank);
   p.codes = codes.const_data_ptr<int8_t>();
   p.token_scales = token_scales.const_data_ptr<float>();
   p.sums = sums.const_data_ptr<int32_t>();
   p.down = down.const_data_ptr<float>();
   p.qweight = qweight.const_data_ptr<uint8_t>();
-  p.wscales = wscales.const_data_ptr<float>();
-  p.lora_up = lora_up.const_data_ptr<float>();
+  p.wscales = scale_values;
+  p.lora_up = up_values;
   Tensor out = torch::stable::new_empty(codes, {p.m, p.n}, narrow ? ScalarType::BFloat16 : ScalarType::Float);
   p.out = out.mutable_data_ptr();
   if (p.m == 0 || p.n == 0) return out;

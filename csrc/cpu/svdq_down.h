@@ -6,6 +6,7 @@
 
 #include "cpu/amx.h"
 #include "cpu/svdq.h"
+#include "cpu/svdq_stored.h"
 
 namespace triskele::TRISKELE_LEVEL::svdq {
 
@@ -15,7 +16,7 @@ struct Projection {
   int64_t m, k, rank;  // rank: a multiple of 16
   const void* x;       // [M, K] float32 (`wide`) or bfloat16
   bool wide;
-  const float* factors;  // [K, r]
+  const Stored* stored;  // [r', K], r' <= r
   float* out;            // [M, r]
 };
 
@@ -66,14 +67,40 @@ struct Factors {
   Buffer<uint16_t> tiles;
 };
 
+// The stored bfloat16 themselves: 16 rows of 16 pairs of columns, turned, are a B tile.
+inline void pack_stored(const Projection& p, Factors& to) {
+  const Stored& from = *p.stored;
+  torch::stable::parallel_for(0, to.steps, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t n = 0; n < p.rank; n += tile::kSide) {
+      const uint8_t* rows[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i)
+        rows[i] = static_cast<const uint8_t*>(from.data) + std::min(n + i, from.rows - 1) * from.columns * 2;
+      const Ints present = present_rows(from, n);
+      for (int64_t s = begin; s < end; ++s) {
+        const int64_t first = s * tile::kDepth, count = std::min(tile::kDepth, p.k - first);
+        Ints words[kLanes] = {};
+        transpose(rows, 2 * first, count / 2, words);
+        if (count % 2 != 0)
+          for (int64_t i = 0; i < kLanes; ++i) {
+            uint16_t last;
+            std::memcpy(&last, rows[i] + 2 * (first + count - 1), 2);
+            words[count / 2][i] = last;
+          }
+        for (int64_t i = 0; i < kLanes; ++i) words[i] = i < (count + 1) / 2 ? words[i] & present : Ints{};
+        std::memcpy(to.tiles.get() + (n / tile::kSide * to.steps + s) * tile::kWords, words, sizeof(words));
+      }
+    }
+  });
+}
+
 template <int Planes>
-inline void pack_factors(const Projection& p, Factors& to) {
+inline void pack_factors(const Projection& p, const float* factors, Factors& to) {
   const int64_t sides = p.rank / tile::kSide;
   torch::stable::parallel_for(0, to.steps, 16, [&](int64_t begin, int64_t end) {
     const Buffer<float> lines = buffer<float>(tile::kDepth * p.rank);
     for (int64_t s = begin; s < end; ++s) {
       const int64_t count = std::min(tile::kDepth, p.k - s * tile::kDepth) * p.rank;
-      std::memcpy(lines.get(), p.factors + s * tile::kDepth * p.rank, count * sizeof(float));
+      std::memcpy(lines.get(), factors + s * tile::kDepth * p.rank, count * sizeof(float));
       std::fill(lines.get() + count, lines.get() + tile::kDepth * p.rank, 0.f);
       for (int64_t n = 0; n < sides; ++n)
         tile::pack_b<Planes>(lines.get() + n * tile::kSide, p.rank,
@@ -84,12 +111,15 @@ inline void pack_factors(const Projection& p, Factors& to) {
 
 inline Factors pack_factors(const Projection& p) {
   Factors to;
-  to.planes = !p.wide && held_by_bfloat16(p.factors, p.k * p.rank) ? 1 : 3;
+  const bool as_stored = !p.wide && !p.stored->wide;
+  const Buffer<float> factors = as_stored ? Buffer<float>{} : turned(*p.stored, p.rank);
+  to.planes = as_stored || (!p.wide && held_by_bfloat16(factors.get(), p.k * p.rank)) ? 1 : 3;
   to.steps = (p.k + tile::kDepth - 1) / tile::kDepth;
   to.plane = p.rank / tile::kSide * to.steps * tile::kWords;
   to.tiles = buffer<uint16_t>(to.planes * to.plane);
-  if (to.planes == 1) pack_factors<1>(p, to);
-  else pack_factors<3>(p, to);
+  if (as_stored) pack_stored(p, to);
+  else if (to.planes == 1) pack_factors<1>(p, factors.get(), to);
+  else pack_factors<3>(p, factors.get(), to);
   return to;
 }
 

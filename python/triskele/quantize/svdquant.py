@@ -126,7 +126,8 @@ def svd_quantize(weight, activations=None, rank=32, group=64, format="int4", act
     report = Calibration(search, branch.errors, branch.best, (error / norm) ** 0.5 if norm else 0.0)
     return SVDQWeight(
         pack_nibbles(pad_columns(quantized.codes, group)),
-        quantized.scales.to(torch.float8_e4m3fn if format == "nvfp4" else dtype), lora_down, lora_up, smoothing, k,
+        quantized.scales.to(torch.float8_e4m3fn if format == "nvfp4" else dtype), lora_down.contiguous(),
+        lora_up.contiguous(), smoothing, k,
         format, activation, quantized.tensor_scale, float(shift), report)
 
 

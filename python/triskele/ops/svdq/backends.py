@@ -15,12 +15,10 @@ import torch
 from triskele import _native
 from triskele.backend import Backend, register
 from triskele.ops.svdq import cuda_backend, reference, triton_backend
-from triskele.quantize.formats import pad_columns
 
 OP_OF_ACTIVATION = {"int8": "svdq.w4a8", "int4": "svdq.w4a4", "fp8": "svdq.w4a8_fp8", "nvfp4": "svdq.w4a4_fp4",
                     "none": "svdq.w4a16"}
 _EPILOGUES = tuple(reference.EPILOGUES)
-_LANES = 16  # the kernels take ranks in multiples of it
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -31,20 +29,21 @@ def _cpu_why_not(x, qweight, *_rest) -> list[str]:
     return reasons
 
 
+def _stored(tensor: torch.Tensor) -> torch.Tensor:
+    """In a dtype that the kernels read."""
+    return (tensor if tensor.dtype in (torch.float32, torch.bfloat16) else tensor.float()).contiguous()
+
+
 def _cpu(x, qweight, wscales, wtscale, lora_down, lora_up, smooth, bias, format, _activation, shift, epilogue):
     """Two kernels: quantize and project down; multiply, scale, project up, add the bias, GELU."""
     native = torch.ops.triskele_native
     group = qweight.shape[1] * 2 // wscales.shape[1]
     rows = (x.float() if x.dtype == torch.float16 else x).contiguous()
-    rank, columns = lora_down.shape
-    lora_down_t = lora_down.new_zeros((columns, -(-rank // _LANES) * _LANES), dtype=torch.float32)  # [K, r']
-    lora_down_t[:, :rank].copy_(lora_down.T)  # copy_ turns and widens at once: half the time of the two
-    lora_up = pad_columns(lora_up.float(), _LANES).contiguous()  # [N, r']
-    codes, token_scales, sums, down = native.svdq_quantize(rows, 1.0 / smooth.float(), lora_down_t, shift, group)
-    scales = wscales.float() if wtscale is None else wscales.float() * wtscale.float()[:, None]
-    y = native.svdq_gemm(codes, token_scales, sums, down, qweight.contiguous(), scales.contiguous(),
-                         lora_up, None if bias is None else bias.float().contiguous(),
-                         format == "nvfp4", rows.dtype == torch.bfloat16, _EPILOGUES.index(epilogue))
+    codes, token_scales, sums, down = native.svdq_quantize(rows, _stored(smooth), _stored(lora_down), shift, group)
+    scales = wscales if wtscale is None else wscales.float() * wtscale.float()[:, None]
+    y = native.svdq_gemm(codes, token_scales, sums, down, qweight.contiguous(), _stored(scales), _stored(lora_up),
+                         None if bias is None else _stored(bias), format == "nvfp4", rows.dtype == torch.bfloat16,
+                         _EPILOGUES.index(epilogue))
     return y.to(x.dtype)
 
 
