@@ -176,7 +176,7 @@ def level_results():
     return {m: tk.ops.svdq_linear(x[:m], exact) for m in (1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 33)}
 
 
-def test_levels_agree_for_every_path(tmp_path):
+def test_every_instruction_set_agrees_on_every_path(tmp_path):
     assert not _native.cpu_library(), _native.cpu_library()
     levels = kernels.levels()
     running = [subprocess.Popen(
