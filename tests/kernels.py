@@ -1,7 +1,8 @@
 """The tests of the CPU kernels: what runs under the sanitizers and on every instruction-set level.
 
     python tests/kernels.py [pytest arguments]      on the level that TRISKELE_CPU_LEVEL names
-    python tests/kernels.py levels [arguments]      on each level of this CPU and this build, one after the other
+    python tests/kernels.py levels [arguments]      on each level of this CPU and this build, one after the other; there
+                                                    with the tests of all that calls the kernels
 """
 
 from __future__ import annotations
@@ -13,16 +14,18 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 FAMILIES = ("route", "sla", "vmoba", "svdq", "taa", "adaln")
+CALLERS = ("backend", "configs", "contract", "far", "finetune", "integer", "nunchaku", "patch", "quantize", "sampling")
+"""Of the layers above the kernels: the rest of the suite does not depend on the level, or starts its own processes."""
 LEFT_OUT = "compile or instruction_set"
 """Tests of the compiler, and those that start a process a level themselves."""
 QUICK = "budget or definition or integers or against_float64"
 """One or two tests a family that walk its kernels through ragged shapes."""
 
 
-def files() -> list[str]:
-    """The test files of the kernels' families."""
-    found = sorted(str(path) for family in FAMILIES for path in TESTS.glob(f"test_{family}*.py"))
-    missing = [family for family in FAMILIES if not any(f"test_{family}" in name for name in found)]
+def files(names=FAMILIES) -> list[str]:
+    """The test files of the kernels' families, or of those named."""
+    found = sorted(str(path) for name in names for path in TESTS.glob(f"test_{name}*.py"))
+    missing = [name for name in names if not any(f"test_{name}" in path for path in found)]
     if missing:
         sys.exit(f"no tests of {', '.join(missing)}")
     return found
@@ -38,10 +41,11 @@ def levels() -> list[str]:
     return built[:built.index(_native.cpu_level()) + 1]
 
 
-def run(arguments=(), *, quick=False, **environment) -> subprocess.CompletedProcess:
+def run(arguments=(), *, quick=False, callers=False, **environment) -> subprocess.CompletedProcess:
     """The kernels' tests in a process of their own, with these environment variables; its output is captured."""
     chosen = f"({QUICK}) and not ({LEFT_OUT})" if quick else f"not ({LEFT_OUT})"
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", chosen, *files(), *arguments]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", chosen,
+               *files(FAMILIES + CALLERS * callers), *arguments]
     return subprocess.run(command, cwd=TESTS.parent, env={**os.environ, **environment}, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -51,7 +55,7 @@ def main(arguments) -> int:
     chosen = levels() if every else [os.environ.get("TRISKELE_CPU_LEVEL", "")]
     failed = []
     for level in chosen:
-        done = run(arguments[every:], TRISKELE_CPU_LEVEL=level)
+        done = run(arguments[every:], callers=every, TRISKELE_CPU_LEVEL=level)
         print(f"level {level or 'best'}: {done.stdout if done.returncode else done.stdout.strip().splitlines()[-1]}",
               flush=True)
         failed += [level] if done.returncode else []
