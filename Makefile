@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup build demo test test-levels test-arm sanitize fuzz bench gpu gpu-dry gpu-records lint clean
+.PHONY: setup build demo test test-levels test-arm sanitize fuzz bench gpu gpu-carry gpu-dry gpu-records lint clean
 
 setup: $(VENV)/.ready
 
@@ -48,6 +48,11 @@ bench: setup
 # On a machine with a GPU, as it is: nothing is installed. At most nine minutes; docs/gpu_run.md.
 gpu:
 	bench/gpu.sh
+
+# The libraries for a machine that builds nothing, a seventh of their size: build/carry/native.tar.xz.
+gpu-carry: build
+	mkdir -p build/carry
+	tar -cJf build/carry/native.tar.xz -C python/triskele libtriskele_cpu.so libtriskele_cuda.so built_from.json
 
 # The same stages on this CPU, small; and what follows from the records of a run: verified.json and the tables.
 gpu-dry: setup
