@@ -30,6 +30,13 @@ inline Vector load(const T* p) {
   return v;
 }
 
+inline float bfloat16_to_float(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, 4);
+  return value;
+}
+
 inline Floats broadcast(float value) { return value - Floats{}; }  // x - 0 is x, also for -0: no addition is left
 
 }  // namespace triskele::TRISKELE_LEVEL::svdq

@@ -8,12 +8,6 @@ namespace triskele::TRISKELE_LEVEL::svdq {
 
 constexpr float kTiny = 1e-30f;  // a token whose maximum is below counts as zero
 
-inline float bfloat16_to_float(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float value;
-  std::memcpy(&value, &wide, 4);
-  return value;
-}
 inline float to_float(uint16_t bits) { return bfloat16_to_float(bits); }
 inline float to_float(float value) { return value; }
 

@@ -25,10 +25,7 @@ struct Stored {
 
   float at(int64_t i) const {
     if (wide) return static_cast<const float*>(data)[i];
-    const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(data)[i]) << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
+    return bfloat16_to_float(static_cast<const uint16_t*>(data)[i]);
   }
 };
 
@@ -40,10 +37,7 @@ inline void widen_row(const Stored& from, int64_t row, float* to) {
   }
   const uint16_t* values = static_cast<const uint16_t*>(from.data) + first;
 #pragma omp simd
-  for (int64_t i = 0; i < from.columns; ++i) {
-    const uint32_t bits = static_cast<uint32_t>(values[i]) << 16;
-    std::memcpy(to + i, &bits, 4);
-  }
+  for (int64_t i = 0; i < from.columns; ++i) to[i] = bfloat16_to_float(values[i]);
 }
 
 // [rows, width], zeros after the columns; the tensor itself where it is that already.
