@@ -27,9 +27,9 @@ test: setup
 # The kernels' tests on each instruction-set level of this CPU; under AddressSanitizer and UBSan, on the plain level and
 # the best one; and 10^4 random calls against the float64 references. `make test` runs parts of the first two.
 test-levels: setup
-	$(BIN)/python tests/kernels.py levels -n auto
+	$(BIN)/python tests/kernels.py all-levels -n auto
 
-# The kernels' tests on the Arm levels, emulated: about an hour. Wants qemu-user and g++-aarch64-linux-gnu, no root.
+# The kernels' tests on the Arm levels, emulated: about three quarters of an hour. Wants qemu-user and g++-aarch64-linux-gnu, no root.
 test-arm: setup
 	$(BIN)/python tests/arm.py -n auto
 

@@ -29,6 +29,7 @@ X86_LEVELS = {  # weakest first: the linker keeps the first copy of an inline fu
     "base": [],
     "avx2": ["-march=haswell"],
     "avx512": ["-march=x86-64-v4", "-mavx512vnni", "-mprefer-vector-width=512"],
+    "avx512_bf16": ["-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mprefer-vector-width=512"],
     "amx": ["-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mavx512vbmi", "-mamx-tile", "-mamx-int8",
             "-mamx-bf16", "-mprefer-vector-width=512"],
 }
@@ -162,6 +163,7 @@ def build_info():
 setup(
     packages=[*find_packages("python"), "triskele.triton_kernels", "triskele.assets"],
     ext_modules=[Extension("triskele._C", ["csrc/module.cpp"], include_dirs=[pybind11.get_include()],
-                           define_macros=build_info(), extra_compile_args=["-std=c++20", "-O2"])],
+                           define_macros=build_info(), extra_compile_args=["-std=c++20", "-O2"],
+                           depends=["setup.py"])],
     cmdclass={"build_ext": NinjaBuild},
 )

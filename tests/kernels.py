@@ -1,8 +1,8 @@
 """The tests of the CPU kernels: what runs under the sanitizers and on every instruction-set level.
 
     python tests/kernels.py [pytest arguments]      on the level that TRISKELE_CPU_LEVEL names
-    python tests/kernels.py levels [arguments]      on each level of this CPU and this build, one after the other; there
-                                                    with the tests of all that calls the kernels
+    python tests/kernels.py levels [arguments]      on each level of this CPU and this build, one after the other
+    python tests/kernels.py all-levels [arguments]  the same, with the tests of all that calls the kernels
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ def run(arguments=(), *, quick=False, callers=False, **environment) -> subproces
 
 
 def main(arguments) -> int:
-    every = arguments[:1] == ["levels"]
+    every = arguments[:1] in (["levels"], ["all-levels"])
     chosen = levels() if every else [os.environ.get("TRISKELE_CPU_LEVEL", "")]
     failed = []
     for level in chosen:
-        done = run(arguments[every:], callers=every, TRISKELE_CPU_LEVEL=level)
+        done = run(arguments[every:], callers=arguments[:1] == ["all-levels"], TRISKELE_CPU_LEVEL=level)
         print(f"level {level or 'best'}: {done.stdout if done.returncode else done.stdout.strip().splitlines()[-1]}",
               flush=True)
         failed += [level] if done.returncode else []

@@ -124,7 +124,7 @@ def test_missing_library_names_the_remedy(tmp_path, monkeypatch):
         _native.cpu_library.cache_clear()
 
 
-@pytest.mark.parametrize("level", ["base", "avx2", "avx512", "dotprod"])
+@pytest.mark.parametrize("level", ["base", "avx2", "avx512", "avx512_bf16", "dotprod"])
 def test_a_lower_instruction_set_can_be_forced(level):
     code = "from triskele import _native; print(_native.cpu_level(), _native.cpu_library())"
 

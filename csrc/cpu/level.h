@@ -11,6 +11,7 @@
 namespace triskele::base { TRISKELE_FAMILIES(TRISKELE_DECLARE) }
 namespace triskele::avx2 { TRISKELE_FAMILIES(TRISKELE_DECLARE) }
 namespace triskele::avx512 { TRISKELE_FAMILIES(TRISKELE_DECLARE) }
+namespace triskele::avx512_bf16 { TRISKELE_FAMILIES(TRISKELE_DECLARE) }
 namespace triskele::amx { TRISKELE_FAMILIES(TRISKELE_DECLARE) }
 namespace triskele::dotprod { TRISKELE_FAMILIES(TRISKELE_DECLARE) }
 #undef TRISKELE_DECLARE

@@ -1,5 +1,5 @@
 // Chooses the instruction set when the library is loaded, and registers that level's kernels for the CPU.
-// TRISKELE_CPU_LEVEL=base|avx2|avx512|amx (Arm: base|dotprod) forces a lower level; a higher one than the CPU has is
+// TRISKELE_CPU_LEVEL=base|avx2|avx512|avx512_bf16|amx (Arm: base|dotprod) forces a lower level; a higher one than the CPU has is
 // refused.
 #include "cpu/level.h"
 
@@ -23,9 +23,9 @@ enum Level { kBase, kDotprod };
 constexpr const char* kLevelNames[] = {"base", "dotprod"};
 constexpr bool kBuilt[] = {true, TRISKELE_HAS_dotprod};
 #else
-enum Level { kBase, kAvx2, kAvx512, kAmx };
-constexpr const char* kLevelNames[] = {"base", "avx2", "avx512", "amx"};
-constexpr bool kBuilt[] = {true, TRISKELE_HAS_avx2, TRISKELE_HAS_avx512, TRISKELE_HAS_amx};
+enum Level { kBase, kAvx2, kAvx512, kAvx512Bf16, kAmx };
+constexpr const char* kLevelNames[] = {"base", "avx2", "avx512", "avx512_bf16", "amx"};
+constexpr bool kBuilt[] = {true, TRISKELE_HAS_avx2, TRISKELE_HAS_avx512, TRISKELE_HAS_avx512_bf16, TRISKELE_HAS_amx};
 #endif
 
 #if defined(__x86_64__)
@@ -47,12 +47,13 @@ bool has_amx() {
 }
 #endif
 
+// The highest level whose instructions the CPU has: what may be forced.
 Level best_level() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512vnni"))
-    return has_amx() ? kAmx : kAvx512;
+    return has_amx() ? kAmx : __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) return kAvx2;
 #elif defined(__linux__) && defined(__aarch64__)
   constexpr unsigned long kWanted = HWCAP_ASIMDDP | HWCAP_ATOMICS | HWCAP_ASIMDRDM | HWCAP_CRC32;  // of -march=armv8.2-a
@@ -61,13 +62,25 @@ Level best_level() {
   return kBase;
 }
 
+// What is chosen of the levels up to `best`. A dot product of pairs of bfloat16 takes as long as a multiply-add on AMD's
+// cores, and four times as long on Intel's, whose float vectors are then the faster way.
+Level preferred(int best) {
+  const auto serves = [](int level) {
+#if defined(__x86_64__)
+    if (level == kAvx512Bf16 && !__builtin_cpu_is("amd")) return false;
+#endif
+    return kBuilt[level];
+  };
+  while (!serves(best)) --best;
+  return static_cast<Level>(best);
+}
+
 // The level to register; `problem` says what is wrong with TRISKELE_CPU_LEVEL. No exception here: this runs while the
 // library is loaded, where one would end the process.
 Level level(std::string* problem = nullptr) {
-  int best = best_level();
-  while (!kBuilt[best]) --best;
+  const int best = best_level();
   const char* forced = std::getenv("TRISKELE_CPU_LEVEL");
-  if (forced == nullptr || *forced == '\0') return static_cast<Level>(best);
+  if (forced == nullptr || *forced == '\0') return preferred(best);
   std::string choices;
   for (int i = 0; i <= best; ++i) {
     if (!kBuilt[i]) continue;
@@ -77,7 +90,7 @@ Level level(std::string* problem = nullptr) {
   if (problem != nullptr)
     *problem = "TRISKELE_CPU_LEVEL: expected one of " + choices + " (the levels of this CPU and this build), got '" +
                forced + "'";
-  return static_cast<Level>(best);
+  return preferred(best);
 }
 
 // Python calls this right after loading, and refuses the library where it throws.
@@ -99,6 +112,9 @@ STABLE_TORCH_LIBRARY_IMPL(triskele_native, CPU, m) {
   switch (triskele::level()) {
 #if TRISKELE_HAS_amx
     case triskele::kAmx: { using namespace triskele::amx; TRISKELE_FAMILIES(TRISKELE_REGISTER) break; }
+#endif
+#if TRISKELE_HAS_avx512_bf16
+    case triskele::kAvx512Bf16: { using namespace triskele::avx512_bf16; TRISKELE_FAMILIES(TRISKELE_REGISTER) break; }
 #endif
 #if TRISKELE_HAS_avx512
     case triskele::kAvx512: { using namespace triskele::avx512; TRISKELE_FAMILIES(TRISKELE_REGISTER) break; }

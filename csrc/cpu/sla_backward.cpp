@@ -5,7 +5,7 @@
 // A task is a run of query blocks of one head, cut by the shape and the map alone, and owns the sums that it adds to:
 // no atomics on data, and the same bits whatever the number of threads.
 #include "cpu/level.h"
-#include "cpu/sla_backward_amx.h"
+#include "cpu/sla_backward_tiles.h"
 #include "cpu/sla_backward_linear.h"
 #include "cpu/sla_backward_vector.h"
 
@@ -158,9 +158,11 @@ void run(const Inputs& in, const Gradients<T>& out) {
 
 template <class T>
 void choose(const Inputs& in, const Gradients<T>& out) {
-#if defined(__AMX_BF16__)
-  constexpr int kPlanes = std::is_same_v<T, float> ? 3 : 1;
-  if (TileSparse<kPlanes>::takes(in.p)) return run<T, TileSparse<kPlanes>>(in, out);
+#if defined(__AVX512BF16__)
+  if constexpr (tile::kTakes<T>) {
+    constexpr int kPlanes = std::is_same_v<T, float> ? 3 : 1;
+    if (TileSparse<kPlanes>::takes(in.p)) return run<T, TileSparse<kPlanes>>(in, out);
+  }
 #endif
   run<T, VectorSparse>(in, out);
 }

@@ -3,7 +3,7 @@
 // on tiles in cache. The states come first: h_j of every key block, then H_i = sum over the scope of h_j.
 #include "cpu/level.h"
 #include "cpu/sla.h"
-#include "cpu/sla_forward_amx.h"
+#include "cpu/sla_forward_queries.h"
 
 namespace triskele::TRISKELE_LEVEL {
 namespace {
@@ -194,10 +194,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sla_forward(
   const auto attend = [&]<class T>(T*) {
     const auto part = [&](Tensor& x) { return parts ? static_cast<T*>(x.mutable_data_ptr()) : nullptr; };
     T* const all = static_cast<T*>(o.mutable_data_ptr());
-#if defined(__AMX_BF16__)
-    if (sla_tiles::pays(p))
-      return sla_tiles::run<T>(p, q, k, v, seen, map.const_data_ptr<int8_t>(), floats(weight), floats(bias),
-                               floats(alpha), linear, {all, part(o_sparse), part(o_linear), lse.mutable_data_ptr<float>()});
+#if defined(__AVX512BF16__)
+    if constexpr (tile::kTakes<T>)
+      if (sla_tiles::pays(p))
+        return sla_tiles::run<T>(p, q, k, v, seen, map.const_data_ptr<int8_t>(), floats(weight), floats(bias),
+                                 floats(alpha), linear,
+                                 {all, part(o_sparse), part(o_linear), lse.mutable_data_ptr<float>()});
 #endif
     const Rows q_rows(q), k_rows = key_rows(k, seen, block_k), v_rows = key_rows(v, seen, block_k);
     const Inputs in{p, q_rows, k_rows, v_rows, seen, map.const_data_ptr<int8_t>(), floats(weight), floats(bias),

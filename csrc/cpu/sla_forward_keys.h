@@ -1,7 +1,7 @@
 // The keys' side of the sparse-linear forward on tiles: K and V packed once a head, and H = phi(K)^T V, Z by segments.
 #pragma once
 #include "cpu/sla_forward_tiles.h"
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 
 namespace triskele::TRISKELE_LEVEL::sla_tiles {
 

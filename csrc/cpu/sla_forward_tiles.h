@@ -1,8 +1,8 @@
 // What the tile version of the sparse-linear forward shares: shapes of packed operands, and rows on their way to tiles.
 #pragma once
-#include "cpu/amx.h"
+#include "cpu/tiles.h"
 #include "cpu/sla.h"
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 
 namespace triskele::TRISKELE_LEVEL::sla_tiles {
 

@@ -16,7 +16,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include "cpu/amx.h"
+#include "cpu/tiles.h"
 #include "cpu/svdq.h"
 
 namespace triskele::TRISKELE_LEVEL::svdq {

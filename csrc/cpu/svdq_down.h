@@ -1,10 +1,10 @@
 // The 4-bit linear's projection x lora_down^T on tile registers. bfloat16 x times factors that bfloat16 holds, as stored
-// ones are, are exact products; anything else goes as three planes (amx.h). A token's sums depend on K alone.
+// ones are, are exact products; anything else goes as three planes (tiles.h). A token's sums depend on K alone.
 #pragma once
 #if defined(__AMX_BF16__)
 #include <torch/csrc/stable/ops.h>
 
-#include "cpu/amx.h"
+#include "cpu/tiles.h"
 #include "cpu/svdq.h"
 #include "cpu/svdq_stored.h"
 

@@ -1,7 +1,7 @@
 // Around the products of svdq_planes.h: tokens packed into tiles, and the way from the integer sums to the output.
 #pragma once
 #if defined(__AMX_INT8__)
-#include "cpu/amx.h"
+#include "cpu/tiles.h"
 #include "cpu/svdq_fixed.h"
 
 namespace triskele::TRISKELE_LEVEL::svdq {

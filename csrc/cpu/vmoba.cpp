@@ -5,15 +5,33 @@
 #include "cpu/vmoba.h"
 
 #include "cpu/level.h"
-#if defined(__AMX_BF16__)
 #include "cpu/vmoba_tiles_backward.h"
 #include "cpu/vmoba_tiles_forward.h"
-#else
 #include "cpu/vmoba_vectors.h"
-#endif
 
 namespace triskele::TRISKELE_LEVEL {
 namespace vmoba {
+
+// On packed tiles where the level has products of them for T.
+template <class T>
+void forward(const Shape& s, const Tensor& q, const Tensor& k, const Tensor& v, const uint8_t* mask, const Tensor& out,
+             float* lse) {
+#if defined(__AVX512BF16__)
+  if constexpr (tile::kTakes<T>) return on_tiles::run_forward<T>(s, q, k, v, mask, out, lse);
+  else
+#endif
+    on_vectors::run_forward<T>(s, q, k, v, mask, out, lse);
+}
+
+template <class T>
+void backward(const Shape& s, const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+              const float* lse, const uint8_t* mask, const Tensor& dq, const Tensor& dk, const Tensor& dv) {
+#if defined(__AVX512BF16__)
+  if constexpr (tile::kTakes<T>) return on_tiles::run_backward<T>(s, grad, q, k, v, out, lse, mask, dq, dk, dv);
+  else
+#endif
+    on_vectors::run_backward<T>(s, grad, q, k, v, out, lse, mask, dq, dk, dv);
+}
 
 Tensor checked_mask(const char* op, const Shape& s, const Tensor& mask) {
   check_dim(op, "mask", mask, 4);
@@ -35,8 +53,8 @@ std::tuple<Tensor, Tensor> vmoba_attention(Tensor q, Tensor k, Tensor v, std::op
   Tensor out = new_like(q), lse = torch::stable::new_empty(q, {s.batch, s.heads, s.length}, ScalarType::Float);
   const auto* bits = static_cast<const uint8_t*>(chosen.const_data_ptr());
   float* logs = static_cast<float*>(lse.mutable_data_ptr());
-  if (q.scalar_type() == ScalarType::Float) run_forward<float>(s, q, k, v, bits, out, logs);
-  else if (q.scalar_type() == ScalarType::BFloat16) run_forward<BFloat16>(s, q, k, v, bits, out, logs);
+  if (q.scalar_type() == ScalarType::Float) forward<float>(s, q, k, v, bits, out, logs);
+  else if (q.scalar_type() == ScalarType::BFloat16) forward<BFloat16>(s, q, k, v, bits, out, logs);
   else check_that(false, op, "float32 or bfloat16");
   return {out, lse};
 }
@@ -57,8 +75,8 @@ std::tuple<Tensor, Tensor, Tensor> vmoba_attention_backward(Tensor grad, Tensor 
   Tensor dq = new_like(q), dk = new_like(q), dv = new_like(q);
   const auto* bits = static_cast<const uint8_t*>(chosen.const_data_ptr());
   const float* l = static_cast<const float*>(logs.const_data_ptr());
-  if (q.scalar_type() == ScalarType::Float) run_backward<float>(s, grad, q, k, v, out, l, bits, dq, dk, dv);
-  else if (q.scalar_type() == ScalarType::BFloat16) run_backward<BFloat16>(s, grad, q, k, v, out, l, bits, dq, dk, dv);
+  if (q.scalar_type() == ScalarType::Float) backward<float>(s, grad, q, k, v, out, l, bits, dq, dk, dv);
+  else if (q.scalar_type() == ScalarType::BFloat16) backward<BFloat16>(s, grad, q, k, v, out, l, bits, dq, dk, dv);
   else check_that(false, op, "float32 or bfloat16");
   return {dq, dk, dv};
 }

@@ -1,13 +1,13 @@
-// VMoBA on tile registers: what forward and backward share. Operands are packed tiles of bfloat16 (cpu/amx.h), one
+// VMoBA on packed tiles: what forward and backward share. Operands are packed tiles of bfloat16 (cpu/tiles.h), one
 // plane where the inputs are bfloat16 and three where they are float32.
 #pragma once
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 #include <type_traits>
 
-#include "cpu/amx.h"
+#include "cpu/tiles.h"
 #include "cpu/vmoba_lists.h"
 
-namespace triskele::TRISKELE_LEVEL::vmoba {
+namespace triskele::TRISKELE_LEVEL::vmoba::on_tiles {
 
 using tile::kDepth;
 using tile::kSide;
@@ -182,5 +182,5 @@ struct Blocks {
   }
 };
 
-}  // namespace triskele::TRISKELE_LEVEL::vmoba
+}  // namespace triskele::TRISKELE_LEVEL::vmoba::on_tiles
 #endif

@@ -1,4 +1,4 @@
-// The backward pass on tile registers: scores and weights are computed once, for all three gradients.
+// The backward pass on packed tiles: scores and weights are computed once, for all three gradients.
 //
 //   segment  up to 512 keys of a chunk, whose gradients (transposed) stay in L2
 //   visit    128 queries that see the chunk, gathered: as rows for scores, transposed for the keys' gradients
@@ -11,9 +11,9 @@
 // slots, which a second pass adds in the same order: the same bits either way.
 #pragma once
 #include "cpu/vmoba_tiles.h"
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 
-namespace triskele::TRISKELE_LEVEL::vmoba {
+namespace triskele::TRISKELE_LEVEL::vmoba::on_tiles {
 
 constexpr int64_t kBackVisit = 128;
 constexpr int64_t kBackBlock = 32;    // queries of a block of scores: a step of depth
@@ -391,5 +391,5 @@ void run_backward(const Shape& s, const Tensor& grad, const Tensor& q, const Ten
   BackwardTiles<T>(s, grad, q, k, v, out, lse, mask, dq, dk, dv).run();
 }
 
-}  // namespace triskele::TRISKELE_LEVEL::vmoba
+}  // namespace triskele::TRISKELE_LEVEL::vmoba::on_tiles
 #endif

@@ -1,4 +1,4 @@
-// The forward pass on tile registers.
+// The forward pass on packed tiles.
 //
 //   task    a range of queries of one (batch, head), walking the chunks; their sums stay in L2
 //   visit   32 queries of the range that see the chunk, gathered
@@ -9,9 +9,9 @@
 // score passes it by 2^8, so that sums are rarely rescaled; no row's arithmetic depends on the rows beside it.
 #pragma once
 #include "cpu/vmoba_tiles.h"
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 
-namespace triskele::TRISKELE_LEVEL::vmoba {
+namespace triskele::TRISKELE_LEVEL::vmoba::on_tiles {
 
 constexpr float kLn2 = 0.69314718055994531f;
 constexpr int64_t kVisit = 32;
@@ -200,5 +200,5 @@ void run_forward(const Shape& s, const Tensor& q, const Tensor& k, const Tensor&
   }
 }
 
-}  // namespace triskele::TRISKELE_LEVEL::vmoba
+}  // namespace triskele::TRISKELE_LEVEL::vmoba::on_tiles
 #endif

@@ -1,4 +1,4 @@
-// VMoBA on vectors of float: the levels without tile registers. Forward, and the gradients of q, k and v.
+// VMoBA on vectors of float: the levels without products of packed tiles. Forward, and the gradients of q, k and v.
 //
 // Gates are per token, so neighbouring queries choose different chunks, and a dense tile over the union of their chunks
 // would compute much that nobody asked for. A task takes a range of queries, walks the chunks, and per chunk gathers
@@ -10,7 +10,7 @@
 
 #include "cpu/vmoba_lists.h"
 
-namespace triskele::TRISKELE_LEVEL::vmoba {
+namespace triskele::TRISKELE_LEVEL::vmoba::on_vectors {
 
 constexpr int64_t kGather = 48;      // rows of a dense tile, a multiple of every kTileRows
 constexpr int64_t kKeys = 128;       // keys of a dense tile, a multiple of every kPanel
@@ -288,4 +288,4 @@ void run_backward(const Shape& s, const Tensor& grad, const Tensor& q, const Ten
   backward_keys<T>(s, packed, selection, scale, dk, dv);
 }
 
-}  // namespace triskele::TRISKELE_LEVEL::vmoba
+}  // namespace triskele::TRISKELE_LEVEL::vmoba::on_vectors

@@ -81,6 +81,6 @@ def triton_package() -> list[str]:
 
 
 def cpu_level() -> str | None:
-    """The instruction-set level chosen at load time ("base", "avx2", "avx512", "amx"; on Arm "base", "dotprod"); None
-    without the library."""
+    """The instruction-set level chosen at load time ("base", "avx2", "avx512", "avx512_bf16", "amx"; on Arm "base",
+    "dotprod"); None without the library."""
     return None if cpu_library() else torch.ops.triskele_native.cpu_level()

@@ -1,4 +1,4 @@
-// Sparse-linear attention, forward, on bfloat16 tile registers; float32 as three planes of bfloat16 (amx.h).
+// Sparse-linear attention, forward, on packed bfloat16 tiles; float32 as three planes of bfloat16 (tiles.h).
 //
 //   strip   32 visible keys of one block, fewer at its end: packed once a head, K as rows and V transposed
 //   tile    64 queries of one block, one a lane: scores S^T = K Q^T and output O^T = V^T P^T stand with queries along the
@@ -10,7 +10,7 @@
 // the projection W on a tile's lanes.
 #pragma once
 #include "cpu/sla_forward_keys.h"
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 
 namespace triskele::TRISKELE_LEVEL::sla_tiles {
 

@@ -1,14 +1,14 @@
-// The sparse branch's backward on tile registers: up to 128 queries at a time against chunks of 64 keys, everything
+// The sparse branch's backward on packed tiles: up to 128 queries at a time against chunks of 64 keys, everything
 // transposed (a row a key, a lane a query), so that P and dS come out of the vector units as the operands they become:
 //
 //   S^T  [keys, queries] = K Q^T         dV [keys, D] += P^T dO        dQ^T [D, queries] += K^T dS^T
 //   dP^T [keys, queries] = V dO^T        dK [keys, D] += dS^T Q
 //
 // Keys are packed once a head, in three layouts (K, V by rows, K by columns); queries once a call. One plane where the
-// inputs are bfloat16 (P and dS are then rounded to it), three where they are float32: see amx.h.
+// inputs are bfloat16 (P and dS are then rounded to it), three where they are float32: see tiles.h.
 #pragma once
-#include "cpu/amx.h"
-#if defined(__AMX_BF16__)
+#include "cpu/tiles.h"
+#if defined(__AVX512BF16__)
 #include "cpu/sla_backward.h"
 
 namespace triskele::TRISKELE_LEVEL::backward {
@@ -62,74 +62,6 @@ inline void cut(__m512 value, __m512i* planes) {
 inline __m512i join(__m512i first, __m512i second) {
   return reinterpret_cast<__m512i>((reinterpret_cast<tile::Words>(first) >> 16) |
                                    (reinterpret_cast<tile::Words>(second) & 0xFFFF0000u));
-}
-
-// As tile::multiply, two by two tiles at most, but of three planes every small product of all steps goes before the
-// first large one, and what is in C is added last: a sum is rounded at full size as often as one of floats would be.
-template <int Rows, int Columns>
-inline void multiply_exactly(const tile::Operand& a, const tile::Operand& b, int64_t steps, float* c, int64_t stride,
-                             bool add) {
-  alignas(64) float sums[4][tile::kSide * tile::kSide];
-  TRISKELE_TILE_ZERO(0);
-  if constexpr (Columns == 2) TRISKELE_TILE_ZERO(1);
-  if constexpr (Rows == 2) TRISKELE_TILE_ZERO(2);
-  if constexpr (Rows == 2 && Columns == 2) TRISKELE_TILE_ZERO(3);
-#define TRISKELE_LOAD_A(p)                                                      \
-  TRISKELE_TILE_LOAD(4, left + (p) * a.plane, tile::kRowBytes);                 \
-  if constexpr (Rows == 2) TRISKELE_TILE_LOAD(5, left + (p) * a.plane + a.side, tile::kRowBytes)
-#define TRISKELE_LOAD_B(p)                                                      \
-  TRISKELE_TILE_LOAD(6, right + (p) * b.plane, tile::kRowBytes);                \
-  if constexpr (Columns == 2) TRISKELE_TILE_LOAD(7, right + (p) * b.plane + b.side, tile::kRowBytes)
-#define TRISKELE_DOTS                                                           \
-  TRISKELE_TILE_DOT(0, 4, 6);                                                   \
-  if constexpr (Columns == 2) TRISKELE_TILE_DOT(1, 4, 7);                       \
-  if constexpr (Rows == 2) TRISKELE_TILE_DOT(2, 5, 6);                          \
-  if constexpr (Rows == 2 && Columns == 2) TRISKELE_TILE_DOT(3, 5, 7)
-  for (int64_t s = 0; s < steps; ++s) {
-    const uint16_t *left = a.at(s), *right = b.at(s);
-    TRISKELE_LOAD_A(2); TRISKELE_LOAD_B(0); TRISKELE_DOTS;
-    TRISKELE_LOAD_A(1); TRISKELE_DOTS;
-    TRISKELE_LOAD_B(1); TRISKELE_DOTS;
-    TRISKELE_LOAD_A(0); TRISKELE_DOTS;
-    TRISKELE_LOAD_B(2); TRISKELE_DOTS;
-  }
-  for (int64_t s = 0; s < steps; ++s) {
-    const uint16_t *left = a.at(s), *right = b.at(s);
-    TRISKELE_LOAD_A(0); TRISKELE_LOAD_B(0); TRISKELE_DOTS;
-  }
-#undef TRISKELE_LOAD_A
-#undef TRISKELE_LOAD_B
-#undef TRISKELE_DOTS
-  const int64_t bytes = (add ? tile::kSide : stride) * static_cast<int64_t>(sizeof(float));
-  float* low = c + tile::kSide * stride;
-  TRISKELE_TILE_STORE(0, add ? sums[0] : c, bytes);
-  if constexpr (Columns == 2) TRISKELE_TILE_STORE(1, add ? sums[1] : c + tile::kSide, bytes);
-  if constexpr (Rows == 2) TRISKELE_TILE_STORE(2, add ? sums[2] : low, bytes);
-  if constexpr (Rows == 2 && Columns == 2) TRISKELE_TILE_STORE(3, add ? sums[3] : low + tile::kSide, bytes);
-  if (!add) return;
-  for (int64_t m = 0; m < Rows; ++m)
-    for (int64_t n = 0; n < Columns; ++n)
-      for (int64_t r = 0; r < tile::kSide; ++r) {
-        float* to = c + (m * tile::kSide + r) * stride + n * tile::kSide;
-        store(to, load(to) + load(sums[2 * m + n] + r * tile::kSide));
-      }
-}
-
-// C [16 rows, 16 columns], rows and columns counted in tiles.
-template <int Planes>
-inline void multiply_tiles(int64_t rows, int64_t columns, const tile::Operand& a, const tile::Operand& b, int64_t steps,
-                           float* c, int64_t stride, bool add) {
-  if constexpr (Planes == 1) return tile::multiply<1>(rows, columns, a, b, steps, c, stride, add);
-  for (int64_t m = 0; m < rows; m += 2)
-    for (int64_t n = 0; n < columns; n += 2) {
-      const tile::Operand left{a.data + m * a.side, a.side, a.step, a.plane};
-      const tile::Operand right{b.data + n * b.side, b.side, b.step, b.plane};
-      float* to = c + m * tile::kSide * stride + n * tile::kSide;
-      if (m + 1 < rows && n + 1 < columns) multiply_exactly<2, 2>(left, right, steps, to, stride, add);
-      else if (m + 1 < rows) multiply_exactly<2, 1>(left, right, steps, to, stride, add);
-      else if (n + 1 < columns) multiply_exactly<1, 2>(left, right, steps, to, stride, add);
-      else multiply_exactly<1, 1>(left, right, steps, to, stride, add);
-    }
 }
 
 template <int Planes>
@@ -203,7 +135,7 @@ class TileSparse {
           tile::multiply<Planes>(tiles, 2, {k, depths_ * tile::kWords, tile::kWords, plane},
                                  {qb_ + b, depths_ * tile::kWords, tile::kWords, kChunk * deep_}, depths_, scores_,
                                  kPair, false);
-          multiply_tiles<Planes>(tiles, 2, {k + Planes * plane, depths_ * tile::kWords, tile::kWords, plane},
+          tile::multiply_exactly<Planes>(tiles, 2, {k + Planes * plane, depths_ * tile::kWords, tile::kWords, plane},
                                  {gb_ + b, depths_ * tile::kWords, tile::kWords, kChunk * deep_}, depths_, gradients_,
                                  kPair, false);
           if (large_[g]) weigh<true>(p.scale * kLog2E, m, tiles, g);
@@ -212,13 +144,13 @@ class TileSparse {
         const int64_t key = j * tall + t;
         const tile::Operand weights{p_, kGroups * tile::kWords, tile::kWords, kChunk * kKeys};
         const tile::Operand slopes{ds_, kGroups * tile::kWords, tile::kWords, kChunk * kKeys};
-        multiply_tiles<Planes>(tiles, columns_, weights, {gd_, tile::kWords, columns_ * tile::kWords, kChunk * wide_},
+        tile::multiply_exactly<Planes>(tiles, columns_, weights, {gd_, tile::kWords, columns_ * tile::kWords, kChunk * wide_},
                                groups, sums.dv + key * wide_, wide_, add);
-        multiply_tiles<Planes>(tiles, columns_, slopes, {qd_, tile::kWords, columns_ * tile::kWords, kChunk * wide_},
+        tile::multiply_exactly<Planes>(tiles, columns_, slopes, {qd_, tile::kWords, columns_ * tile::kWords, kChunk * wide_},
                                groups, sums.dk + key * wide_, wide_, add);
         const tile::Operand keys{block + 2 * Planes * plane + t * wide_, tile::kWords, columns_ * tile::kWords, across};
         for (int64_t half = 0; half < groups; half += 2)
-          multiply_tiles<Planes>(columns_, 2 * std::min<int64_t>(2, groups - half), keys,
+          tile::multiply_exactly<Planes>(columns_, 2 * std::min<int64_t>(2, groups - half), keys,
                                  {ds_b_ + half * 2 * kSteps * tile::kWords, kSteps * tile::kWords, tile::kWords,
                                   kChunk * kKeys},
                                  tiles / 2, dq + half / 2 * wide_ * kLanes, kLanes, true);
