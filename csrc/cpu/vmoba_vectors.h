@@ -29,6 +29,25 @@ inline void score(int64_t rows, int64_t keys, int64_t dim, const float* a, const
             kScoreStride, false);
 }
 
+// The same, summed in runs of kRun of D: dP is taken from rowsum(dO O), and where a row sees one key nothing should be
+// left of the two, so that the roundings of one chain over D would show. `part` [rows, kPanel]: scratch.
+inline void score_in_runs(int64_t rows, int64_t keys, int64_t dim, const float* a, const float* panels, float* scores,
+                          float* part) {
+  constexpr int64_t kRun = 32;
+  for (int64_t j = 0; j < keys; j += kPanel, panels += dim * kPanel) {
+    const int64_t width = round_up(std::min(kPanel, keys - j), kVec);
+    for (int64_t d = 0; d < dim; d += kRun) {
+      product(rows, width, std::min(kRun, dim - d), {a + d, kRowStride, 1}, panels + d * kPanel, kPanel,
+              d == 0 ? scores + j : part, d == 0 ? kScoreStride : kPanel, false);
+      for (int64_t i = 0; i < rows && d > 0; ++i)
+        for (int64_t c = 0; c < width; c += kVec) {
+          float* to = scores + i * kScoreStride + j + c;
+          store(to, load(to) + load(part + i * kPanel + c));
+        }
+    }
+  }
+}
+
 inline void gather(const float* rows, int64_t dp, const int32_t* index, int64_t count, float* out) {
   for (int64_t i = 0; i < count; ++i) std::memcpy(out + i * kRowStride, rows + index[i] * dp, dp * sizeof(float));
 }
@@ -177,11 +196,11 @@ struct Packed {
 };
 
 struct BackwardScratch {
-  Scratch query, grad, weights, slopes, part, first, second;
+  Scratch query, grad, weights, slopes, run, part, first, second;
   std::vector<int32_t> index;
   BackwardScratch(const Shape& s, int64_t sums, int64_t rows)
       : query(kGather * kRowStride), grad(kGather * kRowStride), weights(kGather * kScoreStride),
-        slopes(kGather * kScoreStride), part(kGather * kRowStride), first(sums * s.dp), second(sums * s.dp),
+        slopes(kGather * kScoreStride), run(kGather * kPanel), part(kGather * kRowStride), first(sums * s.dp), second(sums * s.dp),
         index(rows) {}
 };
 
@@ -189,7 +208,8 @@ struct BackwardScratch {
 inline void weights_and_slopes(const Shape& s, const Packed& p, int64_t rows, int64_t base, const int32_t* index,
                         int64_t panel, int64_t keys, float scale, BackwardScratch& x) {
   score(rows, keys, s.dim, x.query, p.key_panels + panel * s.dim * kPanel, x.weights);  // [rows, D] @ [D, keys]
-  score(rows, keys, s.dim, x.grad, p.value_panels + panel * s.dim * kPanel, x.slopes);  // [rows, D] @ [D, keys]
+  score_in_runs(rows, keys, s.dim, x.grad, p.value_panels + panel * s.dim * kPanel, x.slopes,
+                x.run);  // [rows, D] @ [D, keys]
   for (int64_t i = 0; i < rows; ++i) {
     const float lse = p.lse[base + index[i]], delta = p.delta[base + index[i]];
     float *weights = x.weights + i * kScoreStride, *slopes = x.slopes + i * kScoreStride;
