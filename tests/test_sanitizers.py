@@ -18,7 +18,7 @@ TESTS = Path(__file__).parent
 def levels():
     if not sanitize.runtime():
         pytest.skip(f"{sanitize.COMPILER} has no AddressSanitizer")
-    levels = sanitize.base_and_best()
+    levels = sanitize.levels_to_check()
     sanitize.build(levels)
     return levels
 
