@@ -32,7 +32,12 @@ class Registers {
 #define TRISKELE_TILE_DOT(c, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c : :)
 #define TRISKELE_TILE_ZERO(t) asm volatile("tilezero %%tmm" #t : :)
 
-// A plane of the operands `a`, at `left`, and `b`, at `right`, to tiles 4 to 7; their products to tiles 0 to 3.
+// Tiles 0 to 3 are the sums, 4 and 5 a plane of `a`, from `left`, 6 and 7 one of `b`, from `right`.
+#define TRISKELE_ZEROS                                                          \
+  TRISKELE_TILE_ZERO(0);                                                        \
+  if constexpr (Columns == 2) TRISKELE_TILE_ZERO(1);                            \
+  if constexpr (Rows == 2) TRISKELE_TILE_ZERO(2);                               \
+  if constexpr (Rows == 2 && Columns == 2) TRISKELE_TILE_ZERO(3)
 #define TRISKELE_LOAD_A(p)                                                      \
   TRISKELE_TILE_LOAD(4, left + (p) * a.plane, kRowBytes);                       \
   if constexpr (Rows == 2) TRISKELE_TILE_LOAD(5, left + (p) * a.plane + a.side, kRowBytes)
@@ -58,10 +63,7 @@ inline void multiply(const Operand& a, const Operand& b, int64_t steps, float* c
     if constexpr (Rows == 2) TRISKELE_TILE_LOAD(2, low, bytes);
     if constexpr (Rows == 2 && Columns == 2) TRISKELE_TILE_LOAD(3, low + kSide, bytes);
   } else {
-    TRISKELE_TILE_ZERO(0);
-    if constexpr (Columns == 2) TRISKELE_TILE_ZERO(1);
-    if constexpr (Rows == 2) TRISKELE_TILE_ZERO(2);
-    if constexpr (Rows == 2 && Columns == 2) TRISKELE_TILE_ZERO(3);
+    TRISKELE_ZEROS;
   }
   for (int64_t s = 0; s < steps; ++s) {
     const uint16_t *left = a.at(s), *right = b.at(s);
@@ -104,10 +106,7 @@ template <int Rows, int Columns>
 inline void multiply_exactly(const Operand& a, const Operand& b, int64_t steps, float* c, int64_t stride,
                              bool add) {
   alignas(64) float sums[4][kSide * kSide];
-  TRISKELE_TILE_ZERO(0);
-  if constexpr (Columns == 2) TRISKELE_TILE_ZERO(1);
-  if constexpr (Rows == 2) TRISKELE_TILE_ZERO(2);
-  if constexpr (Rows == 2 && Columns == 2) TRISKELE_TILE_ZERO(3);
+  TRISKELE_ZEROS;
   for (int64_t s = 0; s < steps; ++s) {
     const uint16_t *left = a.at(s), *right = b.at(s);
     TRISKELE_LOAD_A(2); TRISKELE_LOAD_B(0); TRISKELE_DOTS;
@@ -152,6 +151,7 @@ inline void multiply_exactly(int64_t rows, int64_t columns, const Operand& a, co
     }
 }
 
+#undef TRISKELE_ZEROS
 #undef TRISKELE_LOAD_A
 #undef TRISKELE_LOAD_B
 #undef TRISKELE_DOTS
