@@ -1,6 +1,6 @@
 // Chooses the instruction set when the library is loaded, and registers that level's kernels for the CPU.
-// TRISKELE_CPU_LEVEL=base|avx2|avx512|avx512_bf16|amx (Arm: base|dotprod) forces a lower level; a higher one than the CPU has is
-// refused.
+// TRISKELE_CPU_LEVEL=base|avx2|avx512|avx512_bf16|amx (Arm: base|dotprod) forces a lower level; a higher one than the
+// CPU has is refused.
 #include "cpu/level.h"
 
 #include <cstdlib>
@@ -25,7 +25,8 @@ constexpr bool kBuilt[] = {true, TRISKELE_HAS_dotprod};
 #else
 enum Level { kBase, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 constexpr const char* kLevelNames[] = {"base", "avx2", "avx512", "avx512_bf16", "amx"};
-constexpr bool kBuilt[] = {true, TRISKELE_HAS_avx2, TRISKELE_HAS_avx512, TRISKELE_HAS_avx512_bf16, TRISKELE_HAS_amx};
+constexpr bool kBuilt[] = {true, TRISKELE_HAS_avx2, TRISKELE_HAS_avx512, TRISKELE_HAS_avx512_bf16,
+                           TRISKELE_HAS_amx};
 #endif
 
 #if defined(__x86_64__)

@@ -200,7 +200,8 @@ struct BackwardScratch {
   std::vector<int32_t> index;
   BackwardScratch(const Shape& s, int64_t sums, int64_t rows)
       : query(kGather * kRowStride), grad(kGather * kRowStride), weights(kGather * kScoreStride),
-        slopes(kGather * kScoreStride), run(kGather * kPanel), part(kGather * kRowStride), first(sums * s.dp), second(sums * s.dp),
+        slopes(kGather * kScoreStride), run(kGather * kPanel), part(kGather * kRowStride),
+        first(sums * s.dp), second(sums * s.dp),
         index(rows) {}
 };
 
